@@ -1,0 +1,244 @@
+"""Three convolutional networks for mel-spectrograms: a batch (B, 1, mels, frames) in, logits (B, classes) out.
+
+`python models.py` prints every layer with its input and output shape and its parameter count.
+The shapes in the comments are those of one example of (1, 100 mels, 384 frames).
+"""
+import torch
+from torch import nn
+
+EXAMPLE_SHAPE = (1, 1, 100, 384)  # batch, channels, mels, frames
+
+
+class CNN8(nn.Module):
+    """Seven convolutions and one linear layer; strides instead of max pooling, a global average before the head.
+
+    All strides, no pooling between: Springenberg et al., "Striving for Simplicity" (ICLR workshop 2015).
+    """
+
+    def __init__(self, num_classes: int = 50):
+        super().__init__()
+        self.stem = conv_bn_relu(1, 32, stride=2)
+        self.block1 = nn.Sequential(conv_bn_relu(32, 64, stride=2), conv_bn_relu(64, 64, stride=1))
+        self.block2 = nn.Sequential(conv_bn_relu(64, 128, stride=2), conv_bn_relu(128, 128, stride=1))
+        self.block3 = nn.Sequential(conv_bn_relu(128, 256, stride=2), conv_bn_relu(256, 256, stride=1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(256, num_classes)
+        init_he(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of spectrograms (B, 1, mels, frames); no softmax."""
+        x = self.stem(x)  # (B, 1, 100, 384) -> (B, 32, 50, 192)
+        x = self.block1(x)  # -> (B, 64, 25, 96)
+        x = self.block2(x)  # -> (B, 128, 13, 48)
+        x = self.block3(x)  # -> (B, 256, 7, 24)
+        x = self.avgpool(x).flatten(1)  # -> (B, 256)
+        return self.fc(x)  # -> (B, num_classes)
+
+
+class CNN4(nn.Module):
+    """Four convolutions, each with batch normalisation, tanh and a 2x2 max pool, and two linear layers.
+
+    Takes examples of 100 mels and 384 frames only: the first linear layer fixes the size.
+    """
+
+    def __init__(self, num_classes: int = 50):
+        super().__init__()
+        self.block1 = conv_bn_pool_tanh(1, 64, kernel_size=9, stride=2, padding=0)
+        self.block2 = conv_bn_pool_tanh(64, 128, kernel_size=3, stride=1, padding=1)
+        self.block3 = conv_bn_pool_tanh(128, 256, kernel_size=3, stride=1, padding=1)
+        self.block4 = conv_bn_pool_tanh(256, 512, kernel_size=3, stride=1, padding=1)
+        self.fc1 = nn.Linear(512 * 2 * 11, 2048)
+        self.tanh = nn.Tanh()
+        self.fc2 = nn.Linear(2048, num_classes)
+        init_glorot(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of spectrograms (B, 1, 100, 384); no softmax."""
+        x = self.block1(x)  # (B, 1, 100, 384) -> (B, 64, 23, 94)
+        x = self.block2(x)  # -> (B, 128, 11, 47)
+        x = self.block3(x)  # -> (B, 256, 5, 23)
+        x = self.block4(x)  # -> (B, 512, 2, 11)
+        x = self.tanh(self.fc1(x.flatten(1)))  # -> (B, 11264) -> (B, 2048)
+        return self.fc2(x)  # -> (B, num_classes)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut: He et al., "Deep Residual Learning" (CVPR 2016), figure 5 left."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = None  # the shortcut is the identity where the shape stays
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))  # -> (B, out_channels, height / stride, width / stride)
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class ResNet18(nn.Module):
+    """The standard ResNet-18 (He et al., CVPR 2016) with a stem of one input channel.
+
+    Names and shapes of the state dict are torchvision's, but for the stem's input channels and the head's
+    classes, so that published ImageNet weights load (`load_pretrained`).
+    """
+
+    def __init__(self, num_classes: int = 50, in_channels: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, stride=1), BasicBlock(64, 64, stride=1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), BasicBlock(128, 128, stride=1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, stride=2), BasicBlock(256, 256, stride=1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, stride=2), BasicBlock(512, 512, stride=1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, num_classes)
+        init_he(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes) of spectrograms (B, in_channels, mels, frames); no softmax."""
+        x = self.relu(self.bn1(self.conv1(x)))  # (B, 1, 100, 384) -> (B, 64, 50, 192)
+        x = self.maxpool(x)  # -> (B, 64, 25, 96)
+        x = self.layer1(x)  # -> (B, 64, 25, 96)
+        x = self.layer2(x)  # -> (B, 128, 13, 48)
+        x = self.layer3(x)  # -> (B, 256, 7, 24)
+        x = self.layer4(x)  # -> (B, 512, 4, 12)
+        x = self.avgpool(x).flatten(1)  # -> (B, 512)
+        return self.fc(x)  # -> (B, num_classes)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """A 3x3 convolution (no bias: the normalisation has one), BatchNorm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True))
+
+
+def conv_bn_pool_tanh(in_channels: int, out_channels: int, kernel_size: int, stride: int,
+                      padding: int) -> nn.Sequential:
+    """A convolution, BatchNorm, 2x2 max pool and tanh.
+
+    The pool stands before the tanh: tanh rises, so the maximum is the same either way, for a quarter of the tanhs.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.MaxPool2d(2),
+        nn.Tanh())
+
+
+def init_he(model: nn.Module) -> None:
+    """For ReLU networks: He et al., "Delving Deep into Rectifiers" (ICCV 2015), fan-out, as in torchvision's ResNet."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def init_glorot(model: nn.Module) -> None:
+    """For tanh networks: Glorot & Bengio, "Understanding the difficulty of training" (AISTATS 2010), eq. 16."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+MODELS = {"cnn8": CNN8, "cnn4": CNN4, "resnet18": ResNet18}
+
+# torchvision's ResNet18_Weights.IMAGENET1K_V1
+IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+
+
+def build_model(name: str, num_classes: int = 50) -> nn.Module:
+    """The model of that name ("cnn8", "cnn4", "resnet18") with fresh weights from torch's global generator.
+
+    Raises ValueError for a name that is none of these.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model {name!r}: expected one of {', '.join(MODELS)}")
+    return MODELS[name](num_classes)
+
+
+def load_pretrained(model: ResNet18, source: str) -> None:
+    """Load ResNet-18 weights in torchvision's layout into `model`, all but the head, which stays as it is.
+
+    source: "imagenet" (torchvision's published weights, fetched once into torch.hub's cache) or a file's path.
+    A stem of three input channels is folded to one by summing: a grey picture, given as three equal channels,
+    comes out the same.
+    Raises ValueError with one line if the weights cannot be had, read, or do not fit.
+    """
+    try:
+        if source == "imagenet":
+            state = torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen kinds, urllib's and the unpickler's among them
+        raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors "
+                         f"({first_line(error)}); expected torchvision's resnet18 state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"--pretrained {source}: expected a state dict (names to tensors), "
+                         f"as torchvision's resnet18 has")
+    state = dict(state)
+    if "conv1.weight" in state and state["conv1.weight"].ndim == 4:
+        state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
+    for name, tensor in model.state_dict().items():
+        if name.startswith("fc."):
+            state[name] = tensor
+        elif name.endswith("num_batches_tracked"):
+            state.setdefault(name, tensor)  # files from before torch 0.4.1 lack it
+        elif name not in state:
+            raise ValueError(f"--pretrained {source}: has no {name}; expected torchvision's resnet18 state dict")
+        elif state[name].shape != tensor.shape:
+            raise ValueError(f"--pretrained {source}: {name} has shape {tuple(state[name].shape)}, "
+                             f"expected {tuple(tensor.shape)}")
+    unknown = sorted(state.keys() - model.state_dict().keys())
+    if unknown:
+        raise ValueError(f"--pretrained {source}: holds {unknown[0]}, which resnet18 does not have")
+    model.load_state_dict(state)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe(model: nn.Module, shape: tuple[int, ...] = EXAMPLE_SHAPE) -> str:
+    """A table of the model's layers: name, kind, input and output shape, parameters. One forward pass on zeros."""
+    rows = []
+
+    def record(name):
+        def hook(module, inputs, output):
+            parameters = sum(p.numel() for p in module.parameters())
+            rows.append((name, type(module).__name__, tuple(inputs[0].shape), tuple(output.shape), parameters))
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(record(name)) for name, module in leaves]
+    was_training = model.training
+    with torch.inference_mode():
+        model.eval()(torch.zeros(shape))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    lines = [f"{'layer':<24}{'kind':<20}{'input':<22}{'output':<22}{'parameters':>12}"]
+    lines += [f"{name:<24}{kind:<20}{str(before):<22}{str(after):<22}{n:>12,}" for name, kind, before, after, n in rows]
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(f"{'total':<24}{'':<20}{'':<22}{'':<22}{total:>12,}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for model_name in MODELS:
+        print(f"{model_name}\n{describe(build_model(model_name))}\n")
