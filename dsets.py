@@ -55,15 +55,22 @@ class UserError(ValueError):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def write_whole(path: Path, write) -> None:
-    """Let write(temporary path) make a file, then put it at `path`: the file is there whole or not at all."""
+    """Let write(temporary path) make a file, then put it at `path`: the file is there whole or not at all.
+
+    Raises UserError naming the path if the disk is full, or the folder gone or not to be written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room for it or mend the folder, "
+                        f"what was there before is whole") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def in_threads(function, items, title: str, progress: bool = True) -> list:
@@ -240,6 +247,9 @@ def compute_features(root: Path, table: pd.DataFrame, path: Path, progress: bool
 
     def write_both(temporary: Path) -> None:
         features = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(names), 1, MEL["n_mels"], FRAMES))
+        if hasattr(os, "posix_fallocate"):  # take the room now: writing to a map of a full disk kills the process
+            with open(temporary, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
 
         def compute_one(index: int) -> None:
             wav = root / "audio" / names[index]

@@ -3,6 +3,8 @@
 `python models.py` prints every layer with its input and output shape and its parameter count.
 The shapes in the comments are those of one example of (1, 100 mels, 384 frames).
 """
+import pickle
+
 import torch
 from torch import nn
 
@@ -185,8 +187,10 @@ def load_pretrained(model: ResNet18, source: str) -> None:
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise a dozen kinds, urllib's and the unpickler's among them
-        raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors "
-                         f"({first_line(error)}); expected torchvision's resnet18 state dict") from error
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else \
+            (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors ({reason}); "
+                         f"expected torchvision's resnet18 state dict") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"--pretrained {source}: expected a state dict (names to tensors), "
                          f"as torchvision's resnet18 has")
@@ -207,11 +211,6 @@ def load_pretrained(model: ResNet18, source: str) -> None:
     if unknown:
         raise ValueError(f"--pretrained {source}: holds {unknown[0]}, which resnet18 does not have")
     model.load_state_dict(state)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def describe(model: nn.Module, shape: tuple[int, ...] = EXAMPLE_SHAPE) -> str:

@@ -253,10 +253,10 @@ def band_noise(samples: int, low: float, high: float, rng: np.random.Generator) 
 def demo_clip(target: int, rng: np.random.Generator) -> np.ndarray:
     """One clip (220500,) in [-1, 1]: a sound of class `target` somewhere in 5 s, over noise of random loudness."""
     t = np.arange(CLIP_SAMPLES) / SAMPLE_RATE
-    pitch = REGISTERS[target % 5][1] * 2 ** rng.uniform(-0.45, 0.45)  # registers are an octave apart: they nearly meet
+    pitch = REGISTERS[target % 5][1] * 2 ** rng.uniform(-0.25, 0.25)  # registers are an octave apart
     sound = KINDS[target // 5](t, pitch, rng)
-    begin = rng.uniform(0, 2)
-    sound = sound * ((t >= begin) & (t < begin + rng.uniform(1.5, 3)))
+    begin = rng.uniform(0, 1.5)
+    sound = sound * ((t >= begin) & (t < begin + rng.uniform(2.5, 3.5)))
     background = band_noise(CLIP_SAMPLES, 50, rng.uniform(1000, 12000), rng)
-    clip = sound / np.abs(sound).max() + background * 10 ** (rng.uniform(-40, -15) / 20)
+    clip = sound / np.abs(sound).max() + background * 10 ** (rng.uniform(-50, -20) / 20)
     return clip / np.abs(clip).max() * rng.uniform(0.1, 0.9)

@@ -1,0 +1,286 @@
+"""A run's folder: what was run on what, checkpoints, metrics and their summary. Knows nothing of models or training.
+
+    run.json             flags, command line, git commit, versions, hardware, fingerprint of the data
+    seed-S/fold-K/       one training, complete in itself; last.pt is its truth, all else follows from it
+    summary.json         the finished trainings, their mean and standard deviation
+
+Every file is written aside and renamed: whatever kills the program, a file is there whole or not at all.
+"""
+import contextlib
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import filelock
+import numpy
+import pandas
+import sklearn
+import soundfile
+import soxr
+import torch
+import torchaudio
+
+from dsets import UserError, write_whole
+
+METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+CHECKPOINT_FORMAT = 1  # raised when the meaning of a checkpoint's keys changes
+CHECKPOINT_KEYS = {"format", "model", "model_name", "classes", "features", "normalisation", "flags", "versions", "seed",
+                   "fold", "epoch", "history", "best", "predictions"}
+RECORD_KEYS = {"command", "started", "flags", "device", "precision", "data", "versions", "hardware", "git"}
+
+
+# --- run.json ---------------------------------------------------------------------------------------------------------
+
+def environment() -> dict:
+    """Versions, hardware and code of this process, for run.json."""
+    libraries = {"torch": torch, "torchaudio": torchaudio, "numpy": numpy, "scikit-learn": sklearn, "pandas": pandas,
+                 "soundfile": soundfile, "soxr": soxr}
+    versions = {"python": platform.python_version(), "libsndfile": soundfile.__libsndfile_version__,
+                **{name: str(library.__version__) for name, library in libraries.items()}}
+    hardware = {"system": platform.platform(), "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+                "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    commit = git("rev-parse", "HEAD")
+    return {"versions": versions, "hardware": hardware,
+            "git": {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}}
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this program's folder, or None without git or outside a repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def new_run_dir(tb_prefix: str, comment: str) -> Path:
+    """A fresh folder runs/<tb-prefix>/<time>_<comment>; a number is added if that name is taken."""
+    name = time.strftime("%Y-%m-%d_%H.%M.%S") + (f"_{comment}" if comment else "")
+    attempt = 0
+    while True:
+        run_dir = Path("runs") / tb_prefix / (f"{name}-{attempt}" if attempt else name)
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            attempt += 1
+        except OSError as error:
+            raise UserError(f"--run-dir: {run_dir} cannot be made ({error.strerror}); name another folder") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def read_run(run_dir: Path) -> dict:
+    """run.json of a run's folder. Raises UserError where the folder is none."""
+    path = run_dir / "run.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: is not a run's folder: run.json cannot be read ({error})") from error
+    if not isinstance(record, dict) or not RECORD_KEYS <= record.keys():
+        raise UserError(f"{path}: is not a whole record of a run; name the folder of a run that training.py made")
+    return record
+
+
+def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
+    """Make run.json of a new run, or join the run already in the folder with further seeds and folds.
+
+    Returns the record now in run.json. Raises UserError if the run there was begun with other flags (those in
+    `may_differ` aside), other data or other versions, or if it has begun one of these trainings already.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(run_dir / "lock"):  # two commands may join at once
+        if (run_dir / "run.json").exists():
+            there, flags = read_run(run_dir), record["flags"]
+            for name in sorted(flags.keys() - may_differ - {"seed", "fold"}):
+                if there["flags"].get(name) != flags[name]:
+                    raise UserError(f"--{name.replace('_', '-')}: the run in {run_dir} has {there['flags'].get(name)}, "
+                                    f"here it is {flags[name]}; use the same flags, or another --run-dir")
+            refuse_other_data_or_versions(run_dir, there, record)
+            for seed in flags["seed"]:
+                for fold in flags["fold"]:
+                    if training_dir(run_dir, seed, fold).exists():
+                        raise UserError(f"--run-dir {run_dir}: seed {seed} fold {fold} has begun there; go on with "
+                                        f"--resume {run_dir}, or name another folder")
+            both = {name: sorted({*there["flags"][name], *flags[name]}) for name in ("seed", "fold")}
+            record = {**there, "flags": {**there["flags"], **both}}
+        write_json(run_dir / "run.json", record)
+    return record
+
+
+def refuse_other_data_or_versions(run_dir: Path, record: dict, now: dict) -> None:
+    """Raise UserError where a run cannot go on to the same figures: other data, other versions of the libraries."""
+    if now["data"]["fingerprint"] != record["data"]["fingerprint"]:
+        raise UserError(f"--data {now['data']['root']}: is not the data that the run in {run_dir} began with (its "
+                        f"fingerprint differs); name the right folder with --data")
+    for name, version in record["versions"].items():
+        if name != "python" and now["versions"].get(name) != version:
+            raise UserError(f"{run_dir}: was begun with {name} {version}, here is {now['versions'].get(name)}; install "
+                            f"the former, or start a new run")
+
+
+# --- one training -----------------------------------------------------------------------------------------------------
+
+def training_dir(run_dir: Path, seed: int, fold: int) -> Path:
+    return run_dir / f"seed-{seed}" / f"fold-{fold}"
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold the training in `folder`; the system lets go when the process dies, however it does.
+
+    Raises UserError if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = filelock.FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is at this training; wait for it, or take another --seed or "
+                        f"--fold") from None
+    try:
+        for part in folder.glob(".*.part"):  # left by a killed process
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    def write(part: Path) -> None:
+        with open(part, "wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+    write_whole(path, write)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint that training.py wrote, on the CPU. Raises UserError for any other file; executes nothing in it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
+        reason = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else \
+            (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
+        raise UserError(f"{path}: is not a checkpoint of this program")
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: has checkpoint format {content['format']}, expected {CHECKPOINT_FORMAT}; "
+                        f"use the version of this program that wrote it")
+    return content
+
+
+def write_metrics(folder: Path, history: list[dict]) -> None:
+    """metrics.jsonl: an object an epoch and phase."""
+    text = "".join(json.dumps(row) + "\n" for row in history)
+    write_whole(folder / "metrics.jsonl", lambda part: part.write_text(text))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last line that is not whole is left out, no file gives no rows.
+
+    Raises UserError for any other line that is not JSON.
+    """
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not JSON; remove the file: --resume "
+                                f"writes it anew from last.pt") from None
+    return rows
+
+
+# --- the summary ------------------------------------------------------------------------------------------------------
+
+def summarise(run_dir: Path, epochs: int) -> dict:
+    """summary.json's content: every training of the folder that has its last epoch, then mean and deviation.
+
+    The standard deviation is the sample's (n - 1), and 0 for one training.
+    """
+    trainings = []
+    for folder in run_dir.glob("seed-*/fold-*"):
+        rows = [row for row in read_metrics(folder) if row["phase"] == "validation"]
+        if not rows or rows[-1]["epoch"] != epochs:
+            continue
+        last, best = rows[-1], min(rows, key=lambda row: row["loss"])  # the first of equals
+        trainings.append({"seed": last["seed"], "fold": last["fold"], "epochs": epochs,
+                          **{metric: last[metric] for metric in METRICS}, "best_epoch": best["epoch"],
+                          **{f"best_{metric}": best[metric] for metric in METRICS}})
+    trainings.sort(key=lambda training: (training["seed"], training["fold"]))
+    columns = {key: [training[key] for training in trainings]
+               for key in (*METRICS, *(f"best_{metric}" for metric in METRICS)) if trainings}
+    return {"trainings": trainings,
+            "mean": {key: statistics.fmean(values) for key, values in columns.items()},
+            "std": {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}}
+
+
+def summary_table(summary: dict) -> str:
+    """The table a run ends with, in %: last epoch of each training, the best epoch beside it, mean +- deviation."""
+    head = "".join(f"{name:>15}" for name in ("accuracy", "precision", "recall", "F1"))
+    lines = [f"{'seed':>6}{'fold':>6}{head}{'':>6}best epoch: accuracy (chosen on the validation fold, so flattering)"]
+    for row in summary["trainings"]:
+        figures = "".join(f"{100 * row[metric]:>15.2f}" for metric in METRICS[:4])
+        lines.append(f"{row['seed']:>6}{row['fold']:>6}{figures}{row['best_epoch']:>16}: "
+                     f"{100 * row['best_accuracy']:.2f}")
+    mean, std = summary["mean"], summary["std"]
+    if mean:
+        figures = "".join(f"{100 * mean[metric]:>8.2f} +-{100 * std[metric]:>4.1f}" for metric in METRICS[:4])
+        lines.append(f"{'mean +- std':>12}{figures}{'':>16}  {100 * mean['best_accuracy']:.2f} "
+                     f"+- {100 * std['best_accuracy']:.1f}")
+    return "\n".join(lines)
+
+
+# --- rerun ------------------------------------------------------------------------------------------------------------
+
+def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
+    """Lines that say, metric by metric, whether two runs are identical, and if not, what could explain it."""
+    lines, identical = [], True
+    record, other = read_run(run_dir), read_run(other_dir)
+    for folder in sorted(path.parent for path in run_dir.glob("seed-*/fold-*/metrics.jsonl")):
+        name = folder.relative_to(run_dir)
+        rows, other_rows = read_metrics(folder), read_metrics(other_dir / name)
+        for metric in METRICS:
+            pairs = [(row[metric], other_row[metric]) for row, other_row in zip(rows, other_rows)]
+            differing = [i for i, (a, b) in enumerate(pairs) if a != b]
+            if differing:
+                row = rows[differing[0]]
+                lines.append(f"{name} {metric}: differs in {len(differing)} of {len(rows)} rows, first in epoch "
+                             f"{row['epoch']} ({row['phase']}): {pairs[differing[0]][0]} then, "
+                             f"{pairs[differing[0]][1]} now")
+            elif len(rows) != len(other_rows):
+                lines.append(f"{name} {metric}: {len(rows)} rows then, {len(other_rows)} now")
+            else:
+                lines.append(f"{name} {metric}: identical in {len(rows)} rows")
+                continue
+            identical = False
+        weights, other_weights = (load_checkpoint(base / name / "last.pt")["model"] for base in (run_dir, other_dir))
+        same = weights.keys() == other_weights.keys() and all(
+            torch.equal(tensor, other_weights[key]) for key, tensor in weights.items())
+        lines.append(f"{name} weights: {'identical' if same else 'differ'}")
+        identical &= same
+    if identical:
+        return [*lines, "identical to the last bit"]
+    changes = [f"{part} {name}: {record[part].get(name)} then, {other[part].get(name)} now"
+               for part in ("versions", "hardware", "git", "data") for name in record[part]
+               if name != "root" and record[part].get(name) != other[part].get(name)]
+    changes += [f"{name}: {record[name]} then, {other[name]} now" for name in ("device", "precision")
+                if record[name] != other[name]]
+    changes += [f"the code had changes that were not committed ({when})"
+                for when, one in (("then", record), ("now", other)) if one["git"]["dirty"]]
+    return [*lines, "not identical; what could explain it:", *(changes or ["nothing that was recorded differs"])]

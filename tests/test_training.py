@@ -1,0 +1,647 @@
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+import dsets
+import models
+import runs
+import training
+from conftest import write_root
+
+CPU = torch.device("cpu")
+PROGRAM = Path(training.__file__)
+
+
+class Tiny(torch.nn.Module):
+    """A network small enough for a test, with batch statistics as the real ones have."""
+
+    def __init__(self, num_classes: int = 50):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 9, stride=8, bias=False)
+        self.bn = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4 * 12 * 47, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """cnn8 is tiny here; the deterministic switches are put back."""
+    monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """12 clips: 2 classes, 3 folds."""
+    return write_root(tmp_path / "root", num_classes=2, folds=3, clips=2)
+
+
+def run(*flags, status: int = 0) -> None:
+    assert training.main([str(flag) for flag in flags]) == status
+
+
+def train_in(run_dir: Path, root: Path, *flags) -> Path:
+    run("--data", root, "--run-dir", run_dir, "--epochs", 2, "--views", 2, "--batch-size", 4, *flags)
+    return run_dir
+
+
+def weights_of(run_dir: Path, seed: int = 42, fold: int = 1, name: str = "last.pt") -> dict:
+    return runs.load_checkpoint(run_dir / f"seed-{seed}" / f"fold-{fold}" / name)["model"]
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def results_of(run_dir: Path) -> dict:
+    """All that must not depend on interruptions or the clock: weights, metrics but for the seconds, the summary."""
+    results = {"summary": (run_dir / "summary.json").read_text()}
+    for folder in sorted(run_dir.glob("seed-*/fold-*")):
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_metrics(folder)]
+        results[folder.name, folder.parent.name] = (
+            rows, (folder / "report.csv").read_text(),
+            {name: {key: tensor.tolist() for key, tensor in runs.load_checkpoint(folder / name)["model"].items()}
+             for name in ("last.pt", "best.pt")})
+    return results
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+def test_metrics_of_a_case_worked_by_hand():
+    metrics = training.compute_metrics(torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0, 0, 1, 0]),
+                                       torch.tensor([0, 1, 1, 2]))
+    # class 0: precision 1/3, recall 1; class 1: precision 1, recall 1/2; class 2: never predicted
+    assert metrics == pytest.approx({"loss": 3.0, "accuracy": 0.5, "precision": (1 / 3 + 1 + 0) / 3,
+                                     "recall": (1 + 0.5 + 0) / 3, "f1": (0.5 + 2 / 3 + 0) / 3})
+
+
+def test_metrics_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    targets, predictions = torch.tensor(rng.integers(0, 9, 200)), torch.tensor(rng.integers(0, 9, 200))
+    metrics = training.compute_metrics(torch.rand(200), predictions, targets)
+    for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert metrics[name] == pytest.approx(score(targets, predictions, average="macro", zero_division=0))
+
+
+def test_validation_metrics_do_not_depend_on_the_batch_size(dataset):
+    torch.manual_seed(0)
+    model = Tiny(4)
+    _, validation = dataset.split(1)
+    results = [training.compute_metrics(*training.validate(
+        model, dsets.validation_batches(dataset, validation, (-40.0, 20.0), batch_size=size, device=CPU), CPU, "fp32"))
+        for size in (1, 3, 8)]
+    for metrics in results[1:]:
+        assert metrics == pytest.approx(results[0], rel=1e-5)
+
+
+def test_training_metrics_are_those_of_the_pass_itself(dataset):
+    torch.manual_seed(0)
+    model = Tiny(4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training_clips, _ = dataset.split(1)
+    batch = next(iter(dsets.training_batches(dataset, training_clips, (-40.0, 20.0), views=1, batch_size=16, seed=1,
+                                             fold=1, epoch=1, device=CPU)))
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    losses, predictions, targets = training.train_epoch(model, optimizer, [batch], 1, CPU, "fp32")
+    first = Tiny(4)
+    first.load_state_dict(before)
+    logits = first(batch[0].contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(losses, F.cross_entropy(logits, batch[1], reduction="none").detach())
+    assert torch.equal(predictions, logits.argmax(dim=1)) and torch.equal(targets, batch[1])
+    assert not torch.equal(model.fc.weight, before["fc.weight"])
+
+
+def test_validation_changes_nothing_in_the_model(dataset):
+    model = Tiny(4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = dsets.validation_batches(dataset, torch.arange(8), (-40.0, 20.0), batch_size=3, device=CPU)
+    training.validate(model, batches, CPU, "fp32")
+    assert same_weights(before, model.state_dict())
+
+
+@pytest.mark.parametrize("network", [models.CNN8, models.CNN4, models.ResNet18])
+def test_each_network_learns_eight_clips_by_heart(dataset, network):
+    torch.manual_seed(0)
+    model = network(8).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
+    examples = dsets.normalise(dataset.features[:8, :, :100, :384], -40.0, 20.0)
+    batches = [(examples, torch.arange(8))]
+    passes = [training.train_epoch(model, optimizer, batches, 1, CPU, "fp32") for _ in range(20)]
+    assert passes[0][0].mean() > 1.5 and passes[-1][0].mean() < 0.5
+    assert torch.equal(passes[-1][1], torch.arange(8))
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_the_design_promises(root, tmp_path, capsys):
+    run_dir = train_in(tmp_path / "run", root, "--fold", "all", "--seed", 1, 2)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["run", str(run_dir / "run.json")]
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["flags"] | {"fold": [1, 2, 3], "seed": [1, 2], "model": "cnn8", "epochs": 2} == record["flags"]
+    assert record["data"]["fingerprint"] == dsets.ESC50(root).fingerprint()
+    assert record["versions"]["torch"] == torch.__version__ and record["hardware"]["threads"] >= 1
+    assert record["command"][:2] == ["training.py", "--data"]
+    for seed in (1, 2):
+        for fold in (1, 2, 3):
+            folder = run_dir / f"seed-{seed}" / f"fold-{fold}"
+            names = {path.name for path in folder.iterdir()}
+            assert {"metrics.jsonl", "last.pt", "best.pt", "report.csv", "confusion.png", "curves.png"} <= names
+            assert any(name.startswith("events.out.tfevents") for name in names)
+            assert not any(name.endswith(".part") for name in names)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert [(row["epoch"], row["phase"]) for row in rows] == [
+                (1, "training"), (1, "validation"), (2, "training"), (2, "validation")]
+            for row in rows:
+                assert list(row) == ["seed", "fold", "epoch", "phase", "loss", "accuracy", "precision", "recall", "f1",
+                                     "seconds"]
+                assert row["seed"] == seed and row["fold"] == fold
+            report = pd.read_csv(folder / "report.csv")
+            assert list(report.columns) == ["class", "precision", "recall", "f1", "clips"]
+            assert report["class"].tolist() == ["sound_0", "sound_1"] and report["clips"].sum() == 4
+            assert report["recall"].mean() == pytest.approx(rows[-1]["recall"], abs=1e-4)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [(row["seed"], row["fold"]) for row in summary["trainings"]] == [(s, f) for s in (1, 2) for f in (1, 2, 3)]
+    for key in ("accuracy", "precision", "recall", "f1", "loss", "best_accuracy", "best_loss"):
+        values = [row[key] for row in summary["trainings"]]
+        assert summary["mean"][key] == pytest.approx(np.mean(values))
+        assert summary["std"][key] == pytest.approx(np.std(values, ddof=1))
+    assert f"{100 * summary['mean']['accuracy']:.2f} +-" in out
+
+
+def test_the_headline_is_the_last_epoch_and_the_best_stands_beside_it(root, tmp_path):
+    run_dir = train_in(tmp_path / "run", root, "--epochs", 4, "--lr", 0.05)
+    rows = [row for row in runs.read_metrics(run_dir / "seed-42" / "fold-1") if row["phase"] == "validation"]
+    training_summary, = json.loads((run_dir / "summary.json").read_text())["trainings"]
+    best = min(rows, key=lambda row: row["loss"])
+    assert training_summary["loss"] == rows[-1]["loss"] and training_summary["epochs"] == 4
+    assert training_summary["best_loss"] == best["loss"] and training_summary["best_epoch"] == best["epoch"]
+    checkpoint = runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "best.pt")
+    assert checkpoint["epoch"] == best["epoch"]
+
+
+def test_a_checkpoint_holds_all_that_a_prediction_needs(root, tmp_path):
+    run_dir = train_in(tmp_path / "run", root)
+    checkpoint = runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "last.pt")
+    assert checkpoint["classes"] == ["sound_0", "sound_1"] and checkpoint["model_name"] == "cnn8"
+    dataset = dsets.ESC50(root)
+    training_clips, validation = dataset.split(1)
+    mean, std = dataset.statistics(training_clips)
+    assert checkpoint["normalisation"] == {"mean": mean, "std": std}
+    assert checkpoint["features"] == {**dsets.MEL, "top_db": 80.0, "crop": [100, 384]}
+    model = Tiny(2)
+    model.load_state_dict(checkpoint["model"])
+    batches = dsets.validation_batches(dataset, validation, (mean, std), batch_size=4, device=CPU)
+    precision = json.loads((run_dir / "run.json").read_text())["precision"]
+    _, predictions, targets = training.validate(model, batches, CPU, precision)
+    row = runs.read_metrics(run_dir / "seed-42" / "fold-1")[-1]
+    assert (predictions == targets).float().mean().item() == row["accuracy"]
+
+
+def test_scalars_stand_over_the_examples_seen(root, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = train_in(tmp_path / "run", root) / "seed-42" / "fold-1"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    rows = runs.read_metrics(folder)
+    for phase in ("training", "validation"):
+        scalars = events.Scalars(f"accuracy/{phase}")
+        assert [event.step for event in scalars] == [16, 32]  # 8 clips x 2 views
+        assert [event.value for event in scalars] == pytest.approx(
+            [row["accuracy"] for row in rows if row["phase"] == phase])
+    assert events.Tags()["images"] == ["confusion"]
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
+    (["--epochs", "many"], "argument --epochs: 'many' is not a whole number of at least 1"),
+    (["--batch-size", "-3"], "argument --batch-size: '-3' is not a whole number of at least 1"),
+    (["--lr", "nan"], "argument --lr: 'nan' is not a number from 0 to 1000"),
+    (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
+    (["--views", "1.5"], "argument --views: '1.5' is not a whole number of at least 1"),
+    (["--model", "vgg"], "argument --model: invalid choice: 'vgg'"),
+    (["--recipe", "soup"], "argument --recipe: invalid choice: 'soup'"),
+    (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+    (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    (["--pretrained", "imagenet"], "--pretrained: there are weights for resnet18 alone, not for cnn8; add --model resnet18"),
+    (["--demo", "--download"], "--download: fetches ESC-50, --demo writes sounds of its own; leave one of them out"),
+    (["a/b"], "comment 'a/b': names a folder, expected no /"),
+    (["--tb-prefix", ".."], "--tb-prefix '..': names a folder"),
+    (["--data", "nowhere"], "--data nowhere: has no meta/esc50.csv; name an ESC-50 folder, fetch it with --download"),
+    (["--resume", "nowhere"], "nowhere: is not a run's folder: run.json cannot be read"),
+    (["--rerun", "nowhere"], "nowhere: is not a run's folder: run.json cannot be read"),
+    (["--rerun", "a", "--resume", "b"], "--rerun: runs anew, --resume goes on; leave one of them out"),
+])
+def test_bad_flags_are_refused_in_one_line(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*flags, status=2)
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("training.py: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_refused(root, capsys):
+    run("--data", root, "--device", "cuda", status=2)
+    assert "--device cuda: torch finds none here; use --device auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fold", ["4", "x", "0"])
+def test_a_fold_the_data_has_not_is_refused(root, capsys, fold):
+    run("--data", root, "--fold", 1, fold, status=2)
+    assert f"--fold {fold}: expected all, or some of 1 2 3, the folds of the data" in capsys.readouterr().err
+
+
+def test_help_is_grouped_and_says_every_default():
+    text = training.build_parser().format_help()
+    for group in ("data:", "model:", "experiment:", "machine:", "output:", "again:"):
+        assert f"\n{group}\n" in text
+    for words in ("default data/ESC-50", "default cnn8", "default 1)", "default 42", "default 40", "default 0.0003",
+                  "default 0.001", "default 5)", "default auto", "default runs/<tb-prefix>/<time>_<comment>"):
+        assert words in " ".join(text.split()), words
+
+
+def test_recipes_fill_in_and_flags_win():
+    flags, _ = training.parse_flags(["--lr", "0.1", "named"])
+    assert flags["lr"] == 0.1 and flags["epochs"] == 40 and flags["weight_decay"] == 1e-3 and flags["views"] == 5
+    assert flags["comment"] == "named" and flags["data"] == "data/ESC-50"
+    flags, _ = training.parse_flags(["--demo", "--epochs", "7"])
+    assert flags["epochs"] == 7 and flags["data"] == "data/demo" and flags["views"] == training.DEMO["views"]
+
+
+def test_the_default_run_folder(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # twice within a second, perhaps: two folders
+        run("first", "--data", root, "--epochs", 1, "--views", 1, "--tb-prefix", "mine")
+    folders = list((tmp_path / "runs" / "mine").iterdir())
+    assert len(folders) == 2
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d\.\d\d\.\d\d_first(-1)?", folder.name) for folder in folders)
+
+
+def test_demo_goes_the_same_way(tmp_path, monkeypatch, capsys):
+    import roots
+    monkeypatch.setattr(roots, "DEMO_CLIPS_PER_CLASS", 2)
+    run("--demo", "--data", tmp_path / "demo", "--run-dir", tmp_path / "run", "--epochs", 1)
+    assert "100 clips, 50 classes, folds 1, 2" in capsys.readouterr().out
+
+
+def test_download_then_train(root, tmp_path, monkeypatch):
+    import roots
+    asked = []
+    monkeypatch.setattr(roots, "download", asked.append)
+    run("--download", "--data", root, "--run-dir", tmp_path / "run", "--epochs", 1)
+    assert asked == [root]
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, capsys, monkeypatch):
+    steps = []
+
+    def forward(self, x):
+        steps.append(len(x))
+        logits = self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
+        return logits * float("nan") if self.training and sum(1 for n in steps) == 9 else logits
+    monkeypatch.setattr(Tiny, "forward", forward)
+    # an epoch is 4 steps and one batch of validation: the 9th call is epoch 2, step 4
+    run("--data", root, "--run-dir", tmp_path / "run", "--epochs", 3, "--views", 2, "--batch-size", 4, status=2)
+    error = capsys.readouterr().err
+    assert "seed 42 fold 1 epoch 2 step 4: the loss is not finite" in error
+    assert f"last good checkpoint: {tmp_path / 'run' / 'seed-42' / 'fold-1' / 'last.pt'} (epoch 1)" in error
+    assert runs.load_checkpoint(tmp_path / "run" / "seed-42" / "fold-1" / "last.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_the_batch_size(root, tmp_path, capsys, monkeypatch, error):
+    def forward(self, x):
+        raise error
+    monkeypatch.setattr(Tiny, "forward", forward)
+    run("--data", root, "--run-dir", tmp_path / "run", status=2)
+    assert capsys.readouterr().err == "training.py: --batch-size: the memory does not hold it; choose a smaller one\n"
+
+
+def test_our_own_mistakes_are_loud(root, tmp_path, monkeypatch):
+    def forward(self, x):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(Tiny, "forward", forward)
+    with pytest.raises(RuntimeError, match="a bug"):
+        training.main(["--data", str(root), "--run-dir", str(tmp_path / "run")])
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(root, tmp_path, capsys, monkeypatch):
+    run_dir = train_in(tmp_path / "run", root, "--epochs", 1)
+    save = torch.save
+
+    def full(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(torch, "save", full)
+    run("--resume", run_dir, "--epochs", 2, status=2)
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"training.py: \S+seed-42/fold-1/\w+.pt: cannot be written \(No space left on device\); .*\n", error)
+    monkeypatch.setattr(torch, "save", save)
+    assert runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "last.pt")["epoch"] == 1
+    run("--resume", run_dir)
+    assert results_of(run_dir) == results_of(train_in(tmp_path / "reference", root))
+
+
+def test_a_vanished_folder_is_one_line(root, tmp_path, capsys, monkeypatch):
+    import shutil
+    validate = training.validate
+
+    def vanishing(*arguments):
+        shutil.rmtree(tmp_path / "run")
+        return validate(*arguments)
+    monkeypatch.setattr(training, "validate", vanishing)
+    run("--data", root, "--run-dir", tmp_path / "run", "--epochs", 1, status=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "best.pt: cannot be written (No such file or directory)" in error
+
+
+# --- the same bits ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_command_gives_the_same_bits(root, tmp_path, precision):
+    torch.manual_seed(1)
+    one = train_in(tmp_path / "one", root, "--precision", precision)
+    for cached in (root / "features").iterdir():
+        cached.unlink()
+    torch.manual_seed(2)
+    torch.rand(1000)
+    np.random.seed(3)
+    two = train_in(tmp_path / "two", root, "--precision", precision)
+    assert results_of(one) == results_of(two)
+
+
+def test_another_seed_gives_other_weights(root, tmp_path):
+    run_dir = train_in(tmp_path / "run", root, "--seed", 1, 2)
+    assert not same_weights(weights_of(run_dir, 1), weights_of(run_dir, 2))
+    assert not same_weights(training.start_model({"model": "cnn8", "pretrained": None}, 2, 1, 1).state_dict(),
+                            training.start_model({"model": "cnn8", "pretrained": None}, 2, 1, 2).state_dict())
+
+
+def test_a_run_leaves_the_global_generators_alone(root, tmp_path):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    train_in(tmp_path / "run", root)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("order", [("1", "2"), ("2", "1")])
+def test_a_training_does_not_depend_on_those_before_it(root, tmp_path, order):
+    both = train_in(tmp_path / "both", root, "--fold", *order)
+    alone = train_in(tmp_path / "alone", root, "--fold", "2")
+    assert same_weights(weights_of(both, fold=2), weights_of(alone, fold=2))
+
+
+# --- resume and rerun -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def reference(root, tmp_path) -> Path:
+    """A run never interrupted: 2 seeds x 2 folds x 2 epochs."""
+    return train_in(tmp_path / "reference", root, "--fold", "1", "3", "--seed", "1", "2")
+
+
+class Killed(BaseException):
+    """Stands for kill -9 at some point of the program: nothing after it runs."""
+
+
+KILL_POINTS = [(runs, "save_checkpoint"), (runs, "write_metrics"), (runs, "write_json"), (training, "add_scalars"),
+               (training, "write_results"), (training, "validate"), (os, "replace"), (os, "fsync")]
+
+
+@pytest.mark.parametrize("module, name", KILL_POINTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_killed_at_any_point_a_run_ends_as_if_it_never_was(root, tmp_path, reference, monkeypatch, module, name):
+    run_dir = tmp_path / "run"
+    original = getattr(module, name)
+    for calls in range(3, 40, 9):  # kill at the 3rd call, then at the 12th after that, ...
+        count = [0]
+
+        def counting(*arguments, **options):
+            count[0] += 1
+            if count[0] == calls:
+                raise Killed
+            return original(*arguments, **options)
+        monkeypatch.setattr(module, name, counting)
+        with contextlib.suppress(Killed):
+            if (run_dir / "run.json").exists():
+                run("--resume", run_dir)
+            else:
+                train_in(run_dir, root, "--fold", "1", "3", "--seed", "1", "2")
+        monkeypatch.setattr(module, name, original)
+    run("--resume", run_dir)
+    assert results_of(run_dir) == results_of(reference)
+    assert not list(run_dir.rglob(".*.part"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_more_epochs_after_the_last_are_those_of_a_longer_run(root, tmp_path, precision):
+    run_dir = train_in(tmp_path / "run", root, "--precision", precision)
+    run("--resume", run_dir, "--epochs", 4)
+    longer = train_in(tmp_path / "longer", root, "--precision", precision, "--epochs", 4)
+    assert results_of(run_dir) == results_of(longer)
+    assert json.loads((run_dir / "run.json").read_text())["flags"]["epochs"] == 4
+
+
+def test_with_nothing_missing_resume_prints_the_table(reference, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", None)
+    before = results_of(reference)
+    run("--resume", reference)
+    assert "mean +- std" in capsys.readouterr().out and results_of(reference) == before
+
+
+def test_a_half_written_last_line_of_the_metrics_is_recognised(reference):
+    before = results_of(reference)
+    path = reference / "seed-1" / "fold-1" / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text[:-40])
+    assert len(runs.read_metrics(path.parent)) == 3
+    run("--resume", reference)
+    assert results_of(reference) == before and path.read_text() == text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "0.1"], r"--lr: cannot be changed with --resume \(the run has 0.0003\)"),
+    (["--fold", "2"], "--fold: cannot be changed with --resume"),
+    (["--model", "cnn4"], r"--model: cannot be changed with --resume \(the run has cnn8\)"),
+    (["--epochs", "1"], "--epochs 1: the run has 2; with --resume it may only be raised"),
+    (["other"], "comment: cannot be changed with --resume"),
+])
+def test_resume_refuses_flags_that_would_change_the_result(reference, capsys, flags, words):
+    run("--resume", reference, *flags, status=2)
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.count("\n") == 1
+
+
+def test_resume_refuses_other_data_and_finds_moved_data(root, reference, tmp_path, capsys):
+    root.rename(tmp_path / "moved")
+    run("--resume", reference, status=2)
+    assert "has no meta/esc50.csv" in capsys.readouterr().err
+    run("--resume", reference, "--data", tmp_path / "moved")
+    other = write_root(tmp_path / "other", num_classes=3, folds=3, clips=1)
+    run("--resume", reference, "--data", other, status=2)
+    assert re.search("--data .*other: is not the data that the run in .* began with", capsys.readouterr().err)
+
+
+def test_resume_refuses_other_versions(reference, capsys):
+    record = json.loads((reference / "run.json").read_text())
+    record["versions"]["torch"] = "1.0"
+    (reference / "run.json").write_text(json.dumps(record))
+    run("--resume", reference, status=2)
+    assert "was begun with torch 1.0, here is 2." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"flags": {}}', "{"])
+def test_resume_refuses_a_folder_that_is_no_run(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    run("--resume", tmp_path, status=2)
+    error = capsys.readouterr().err
+    assert "run" in error and error.count("\n") == 1
+
+
+def damaged(path: Path, kind: str) -> None:
+    content = torch.load(path, weights_only=True)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "another program's":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "another version":
+        torch.save({**content, "format": 99}, path)
+    elif kind == "code":
+        torch.save({**content, "epoch": Path("x")}, path)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("truncated", "cannot be read as a checkpoint"), ("another program's", "is not a checkpoint of this program"),
+    ("another version", "has checkpoint format 99, expected 1"), ("code", "holds more than tensors and plain values"),
+])
+def test_resume_refuses_a_damaged_checkpoint(reference, capsys, kind, words):
+    damaged(reference / "seed-1" / "fold-1" / "last.pt", kind)
+    run("--resume", reference, "--epochs", 3, status=2)
+    error = capsys.readouterr().err
+    assert "last.pt" in error and words in error and error.count("\n") == 1
+
+
+def test_a_second_process_on_one_training_is_refused(root, tmp_path, capsys):
+    run_dir = train_in(tmp_path / "run", root)
+    code = f"import runs, sys; lock = runs.locked(runs.Path({str(run_dir / 'seed-42' / 'fold-1')!r})); lock.__enter__(); " \
+           f"print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=PROGRAM.parent, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    run("--resume", run_dir, "--epochs", 3, status=2)
+    assert "fold-1: another process is at this training; wait for it" in capsys.readouterr().err
+    holder.kill()  # a dead process's lock does not block
+    holder.wait()
+    run("--resume", run_dir)
+
+
+def test_commands_join_one_run_folder_with_folds_of_their_own(root, tmp_path, capsys):
+    run_dir = train_in(tmp_path / "run", root, "--fold", "3", "--seed", "1")
+    train_in(run_dir, root, "--fold", "1", "--seed", "2")
+    assert json.loads((run_dir / "run.json").read_text())["flags"]["fold"] == [1, 3]
+    run("--resume", run_dir)  # the other two
+    reference = train_in(tmp_path / "reference", root, "--fold", "1", "3", "--seed", "1", "2")
+    assert results_of(run_dir) == results_of(reference)
+    run("--data", root, "--run-dir", run_dir, "--fold", 2, "--epochs", 3, status=2)
+    assert re.search("--batch-size: the run in .* has 4, here it is", capsys.readouterr().err)
+    run("--data", root, "--run-dir", run_dir, "--fold", 1, "--seed", 1, "--epochs", 2, "--views", 2, "--batch-size", 4,
+        status=2)
+    assert "seed 1 fold 1 has begun there; go on with --resume" in capsys.readouterr().err
+
+
+def test_rerun_is_identical_and_says_so(reference, tmp_path, capsys):
+    run("--rerun", reference, "--run-dir", tmp_path / "again")
+    out = capsys.readouterr().out
+    assert "identical to the last bit" in out and "seed-2/fold-3 weights: identical" in out
+    assert results_of(tmp_path / "again") == results_of(reference)
+
+
+def test_rerun_says_what_differs_and_what_could_explain_it(reference, tmp_path, capsys):
+    for path in reference.glob("seed-1/fold-1/metrics.jsonl"):
+        rows = runs.read_metrics(path.parent)
+        rows[1]["loss"] += 0.5
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = json.loads((reference / "run.json").read_text())
+    record["versions"]["numpy"] = "1.0"
+    record["git"] = {"commit": "abc", "dirty": True}
+    (reference / "run.json").write_text(json.dumps(record))
+    run("--rerun", reference, "--run-dir", tmp_path / "again")
+    out = capsys.readouterr().out
+    assert re.search(r"seed-1/fold-1 loss: differs in 1 of 4 rows, first in epoch 1 \(validation\)", out)
+    assert "seed-1/fold-1 accuracy: identical" in out and "not identical; what could explain it" in out
+    assert f"versions numpy: 1.0 then, {np.__version__} now" in out and "git commit: abc then" in out
+    assert "the code had changes that were not committed (then)" in out
+    run("--rerun", reference, "--lr", 1, status=2)
+    assert "--lr: cannot be changed with --rerun" in capsys.readouterr().err
+
+
+# --- real signals -----------------------------------------------------------------------------------------------------
+
+def start(*flags) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(PROGRAM), *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, bufsize=1)
+
+
+def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
+    while not re.match(rf" +{epoch}/", process.stdout.readline()):
+        assert process.poll() is None, process.stderr.read()
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_saved_and_resumed(root, tmp_path, signum, status):
+    flags = ("--data", root, "--views", 1, "--fold", 1, 2, "--batch-size", 4)
+    process = start(*flags, "--epochs", 300, "--run-dir", tmp_path / "run")
+    wait_for_epoch(process, 2)
+    process.send_signal(signum)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert error.strip() == (f"training.py: interrupted; all whole epochs are saved; go on with: python training.py "
+                             f"--resume {tmp_path / 'run'}")
+    epoch = runs.load_checkpoint(tmp_path / "run" / "seed-42" / "fold-1" / "last.pt")["epoch"]
+    assert epoch >= 2
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["flags"]["epochs"] = epoch + 1  # long enough to be interrupted, short enough to be resumed in a test
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert start("--resume", tmp_path / "run").wait(120) == 0
+    assert start(*flags, "--epochs", epoch + 1, "--run-dir", tmp_path / "reference").wait(120) == 0
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "reference")
+
+
+def test_killed_for_good_and_resumed(root, tmp_path):
+    flags = ("--data", root, "--views", 1, "--fold", 1, "--batch-size", 4, "--epochs", 6)
+    process = start(*flags, "--run-dir", tmp_path / "run")
+    wait_for_epoch(process, 2)
+    process.kill()
+    process.communicate()
+    assert start("--resume", tmp_path / "run").wait(120) == 0
+    assert start(*flags, "--run-dir", tmp_path / "reference").wait(120) == 0
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "reference")
+
+
+def test_a_plain_run_prints_plain_lines(root, tmp_path):
+    process = start("--data", root, "--views", 1, "--epochs", 1, "--run-dir", tmp_path / "run")
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and error == ""  # no bars where stderr is no terminal
+    assert re.search(r"^ +1/1 +\| +\d+\.\d{4} +\d+\.\d", out, re.MULTILINE)

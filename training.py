@@ -1,0 +1,462 @@
+"""Teach a convolutional network to recognise environmental sounds (ESC-50) and report how well it does.
+
+    python training.py --demo        synthetic sounds, nothing to fetch
+    python training.py --download    fetch ESC-50 (600 MB), then train on it
+    python training.py --fold all    cross-validation
+    python training.py --help        every flag and its default
+"""
+import argparse
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; before torch starts
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import dsets
+import models
+import plots
+import roots
+import runs
+from dsets import UserError
+
+RECIPES = {  # the write-up's of 2023; its batch size is not known: this one was measured (README)
+    "blog": {"epochs": 40, "batch_size": 32, "lr": 3e-4, "weight_decay": 1e-3, "views": 5},
+}
+DEFAULTS = {"comment": "", "data": "data/ESC-50", "download": False, "demo": False, "esc10": False, "model": "cnn8",
+            "pretrained": None, "fold": ["1"], "seed": [42], "recipe": "blog", "device": "auto", "precision": "auto",
+            "compile": False, "run_dir": None, "tb_prefix": "CNN"}
+DEMO = {"data": "data/demo", "epochs": 16, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
+WHERE_ONLY = {"comment", "data", "download", "run_dir", "tb_prefix"}  # these change no figure
+
+
+class Interrupted(KeyboardInterrupt):
+    """The first Ctrl-C or SIGTERM. Nothing half-done needs saving: every epoch ends with a whole checkpoint."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+def interrupt(signum, frame):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise Interrupted(signum)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+def number(kind, low, high=None):
+    """An argparse type: `kind` (int or float) from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= (value if high is None else high):  # refuses nan too
+            limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
+        return value
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="training.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
+    blog = RECIPES["blog"]
+    parser.add_argument("comment", nargs="?", help="a word or two that name the run's folder")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help=f"the ESC-50 folder (default {DEFAULTS['data']})")
+    data.add_argument("--download", action="store_true", help="fetch ESC-50 into --data first, if it is not there whole")
+    data.add_argument("--demo", action="store_true",
+                      help=f"train on synthetic sounds, written once to {DEMO['data']}; changes the defaults to --epochs "
+                           f"{DEMO['epochs']} --views {DEMO['views']} --batch-size {DEMO['batch_size']} "
+                           f"--lr {DEMO['lr']:g}")
+    data.add_argument("--esc10", action="store_true", help="only the ten classes of ESC-10")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=list(models.MODELS), help=f"the network (default {DEFAULTS['model']})")
+    model.add_argument("--pretrained", metavar="{imagenet,PATH}",
+                       help="start resnet18 from torchvision's ImageNet weights or a file of them (default: from scratch)")
+    experiment = parser.add_argument_group("experiment")
+    experiment.add_argument("--fold", nargs="+", metavar="K",
+                            help="validation fold, one training each: one, several, or all (default 1)")
+    experiment.add_argument("--seed", nargs="+", type=number(int, 0, 2 ** 63 - 1), metavar="S",
+                            help="seed, one training each: one or several (default 42)")
+    experiment.add_argument("--recipe", choices=list(RECIPES),
+                            help="the defaults of the flags below; a flag beside it wins (default blog)")
+    experiment.add_argument("--epochs", type=number(int, 1), metavar="N", help=f"(default {blog['epochs']})")
+    experiment.add_argument("--batch-size", type=number(int, 1), metavar="N",
+                            help=f"examples a step (default {blog['batch_size']})")
+    experiment.add_argument("--lr", type=number(float, 0, 1e3), metavar="X",
+                            help=f"Adam's learning rate (default {blog['lr']:g})")
+    experiment.add_argument("--weight-decay", type=number(float, 0, 1e3), metavar="X",
+                            help=f"L2 penalty (default {blog['weight_decay']:g})")
+    experiment.add_argument("--views", type=number(int, 1), metavar="N",
+                            help=f"examples of each training clip an epoch: one random crop, the others also masked "
+                                 f"(default {blog['views']})")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"],
+                         help="auto takes a GPU if there is one (default auto)")
+    machine.add_argument("--precision", choices=["auto", "fp32", "bf16"],
+                         help="auto takes bf16 where the hardware multiplies it (default auto)")
+    machine.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
+    output = parser.add_argument_group("output")
+    output.add_argument("--run-dir", metavar="DIR", help="the run's folder (default runs/<tb-prefix>/<time>_<comment>)")
+    output.add_argument("--tb-prefix", metavar="NAME", help=f"folder of runs for TensorBoard (default {DEFAULTS['tb_prefix']})")
+    again = parser.add_argument_group("again")
+    again.add_argument("--resume", metavar="RUN_DIR", help="do what is missing of that run, then print its table; "
+                                                          "--epochs may be raised, --data say where the data is now")
+    again.add_argument("--rerun", metavar="RUN_DIR", help="run that experiment again in a new folder and compare, to "
+                                                         "the last bit; --data, --device, --precision may differ")
+
+    def refuse(message: str):
+        raise UserError(f"{message}; --help lists the flags")
+    parser.error = refuse  # one line, without the usage
+    return parser
+
+
+def parse_flags(argv: list[str]) -> tuple[dict, dict]:
+    """All flags with their values, and those that were given. Raises UserError for what cannot be meant.
+
+    With --resume or --rerun, the flags are those of the recorded run.
+    """
+    given = {name: value for name, value in vars(build_parser().parse_args(argv)).items()
+             if value is not None and value is not False}
+    if "resume" in given and "rerun" in given:
+        raise UserError("--rerun: runs anew, --resume goes on; leave one of them out")
+    for again in ("resume", "rerun"):
+        if again in given:
+            return recorded_flags(again, given), given
+    recipe = given.get("recipe", DEFAULTS["recipe"])
+    flags = {**DEFAULTS, **RECIPES[recipe], **(DEMO if "demo" in given else {}), **given}
+    if flags["demo"] and flags["download"]:
+        raise UserError("--download: fetches ESC-50, --demo writes sounds of its own; leave one of them out")
+    if flags["pretrained"] and flags["model"] != "resnet18":
+        raise UserError(f"--pretrained: there are weights for resnet18 alone, not for {flags['model']}; "
+                        f"add --model resnet18")
+    for name, flag in (("comment", "comment"), ("tb_prefix", "--tb-prefix")):
+        if set(flags[name]) & set('/\\:*?"<>|\0') or flags[name] in (".", ".."):
+            raise UserError(f"{flag} {flags[name]!r}: names a folder, expected no / \\ : * ? \" < > | in it")
+    flags["seed"] = list(dict.fromkeys(flags["seed"]))  # each once, in the order given
+    return flags, given
+
+
+def recorded_flags(again: str, given: dict) -> dict:
+    """The flags of the run that --resume or --rerun names. Raises UserError for a given one that would change it."""
+    record = runs.read_run(Path(given[again]))
+    flags = {**record["flags"], "data": record["data"]["root"]}
+    if again == "rerun":
+        flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}
+    may_differ = {"resume": {"data", "epochs"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
+    for name, value in given.items():
+        if again == "resume" and name == "epochs" and value < flags["epochs"]:
+            raise UserError(f"--epochs {value}: the run has {flags['epochs']}; with --resume it may only be raised")
+        if name != again and name not in may_differ and value != flags.get(name):
+            flag = name if name == "comment" else "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: cannot be changed with --{again} (the run has {flags.get(name)}); leave it out, or "
+                            f"start a new run")
+    return flags | {name: value for name, value in given.items() if name in may_differ}
+
+
+def choose_folds(wanted: list, folds: list[int]) -> list[int]:
+    """The folds that --fold names. Raises UserError for one that the data has not."""
+    if wanted == ["all"]:
+        return folds
+    for fold in wanted:
+        if str(fold) not in map(str, folds):
+            raise UserError(f"--fold {fold}: expected all, or some of {' '.join(map(str, folds))}, the folds of the data")
+    return list(dict.fromkeys(int(fold) for fold in wanted))  # each once, in the order given
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device. Raises UserError if the machine does not have it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        raise UserError(f"--device {name}: torch finds none here; use --device auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; auto is bf16 only where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+# --- one epoch --------------------------------------------------------------------------------------------------------
+
+def train_epoch(model, optimizer, batches, steps: int, device: torch.device, precision: str):
+    """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
+
+    They are of the pass itself: each batch as the weights were before its step. Nothing waits for the device
+    before the end of the epoch.
+    """
+    model.train()
+    results = []
+    for examples, targets in tqdm(batches, "training", steps, leave=False, disable=None, unit=" steps"):
+        losses, predictions = forward(model, examples, targets, device, precision)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        results.append((losses.detach(), predictions, targets))
+    return gather(results)
+
+
+@torch.inference_mode()
+def validate(model, batches, device: torch.device, precision: str):
+    """Losses (N,), predictions (N,) and targets (N,) of a validation set, on the CPU; no weight changes."""
+    model.eval()
+    return gather([(*forward(model, examples, targets, device, precision), targets) for examples, targets in batches])
+
+
+def forward(model, examples, targets, device: torch.device, precision: str):
+    """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384)."""
+    examples = examples.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(examples)  # -> (B, classes)
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(dim=1)
+
+
+def gather(results: list[tuple]):
+    return tuple(torch.cat(column).cpu() for column in zip(*results))
+
+
+def compute_metrics(losses: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> dict:
+    """Mean loss, accuracy, and macro precision, recall and F1 in [0, 1], over the whole set at once (scikit-learn)."""
+    precision, recall, f1, _ = precision_recall_fscore_support(targets, predictions, average="macro", zero_division=0)
+    return {"loss": losses.double().mean().item(), "accuracy": float(accuracy_score(targets, predictions)),
+            "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+# --- one training -----------------------------------------------------------------------------------------------------
+
+def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int, device: torch.device,
+          precision: str) -> None:
+    """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch.
+
+    Raises UserError if the loss stops being finite.
+    """
+    training, validation = dataset.split(fold)
+    statistics = dataset.statistics(training)
+    model = start_model(flags, len(dataset.classes), seed, fold).to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if flags["compile"] else model
+    optimizer = torch.optim.Adam(model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
+    state = {"epoch": 0, "history": [], "best": None, "predictions": None}
+    if (folder / "last.pt").exists():
+        checkpoint = runs.load_checkpoint(folder / "last.pt")
+        state = {name: checkpoint[name] for name in state}
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
+                 "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
+                 "normalisation": {"mean": statistics[0], "std": statistics[1]},
+                 "versions": runs.environment()["versions"]}
+    print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {flags['views']} views, {len(validation)} "
+          f"validation clips, normalised by mean {statistics[0]:.2f} dB, deviation {statistics[1]:.2f} dB"
+          + (f"; going on after epoch {state['epoch']}" if state["epoch"] else ""))
+    print(f"{'epoch':>9} | {ROW_HEAD.format('training')} examples/s | {ROW_HEAD.format('validation')}", flush=True)
+
+    examples_per_epoch = len(training) * flags["views"]
+    (folder / "report.csv").unlink(missing_ok=True)  # the last file of a finished training
+    for stale in folder.glob("events.out.tfevents.*"):
+        stale.unlink()
+    with SummaryWriter(str(folder)) as board:
+        for row in state["history"]:  # an interrupted run's events are written anew
+            add_scalars(board, row, examples_per_epoch)
+        for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
+            batches = dsets.training_batches(
+                dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
+                epoch=epoch, device=device)
+            steps = math.ceil(examples_per_epoch / flags["batch_size"])
+            begin = time.perf_counter()
+            losses, predictions, targets = train_epoch(network, optimizer, batches, steps, device, precision)
+            seconds = time.perf_counter() - begin
+            if not losses.isfinite().all():
+                step = int((~losses.isfinite()).nonzero()[0]) // flags["batch_size"] + 1
+                good = f"{folder / 'last.pt'} (epoch {epoch - 1})" if epoch > 1 else "none yet"
+                raise UserError(f"--lr {flags['lr']:g}: seed {seed} fold {fold} epoch {epoch} step {step}: the loss is not "
+                                f"finite; last good checkpoint: {good}; start a new run with a lower --lr")
+            train_row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "training",
+                         **compute_metrics(losses, predictions, targets), "seconds": round(seconds, 3)}
+
+            batches = dsets.validation_batches(dataset, validation, statistics, batch_size=flags["batch_size"],
+                                               device=device)
+            begin = time.perf_counter()
+            losses, predictions, targets = validate(network, batches, device, precision)
+            row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "validation",
+                   **compute_metrics(losses, predictions, targets), "seconds": round(time.perf_counter() - begin, 3)}
+
+            is_best = state["best"] is None or row["loss"] < state["best"]["loss"]
+            state = {"epoch": epoch, "history": [*state["history"], train_row, row], "predictions": predictions,
+                     "best": row if is_best else state["best"]}
+            checkpoint = {"model": model.state_dict(), **state, **constants}
+            if is_best:
+                runs.save_checkpoint(folder / "best.pt", checkpoint)
+            runs.save_checkpoint(folder / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict()})
+            runs.write_metrics(folder, state["history"])
+            add_scalars(board, train_row, examples_per_epoch)
+            add_scalars(board, row, examples_per_epoch)
+            print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
+                  f"{row_text(row)}", flush=True)
+        write_results(folder, state["history"], dataset.targets[validation], state["predictions"], dataset.classes,
+                      board, flags["epochs"] * examples_per_epoch)
+
+
+def start_model(flags: dict, num_classes: int, seed: int, fold: int) -> torch.nn.Module:
+    """The network with the weights that (seed, fold) give, or pretrained ones beneath a head that they give."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(dsets.generator_for(seed, fold, 0, "weights").initial_seed())
+        model = models.build_model(flags["model"], num_classes)
+    if flags["pretrained"]:
+        try:
+            models.load_pretrained(model, flags["pretrained"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return model
+
+
+ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
+
+
+def row_text(row: dict) -> str:
+    """The columns under ROW_HEAD."""
+    return (f"{row['loss']:>16.4f} {100 * row['accuracy']:>5.1f} {100 * row['precision']:>6.1f} "
+            f"{100 * row['recall']:>6.1f} {100 * row['f1']:>6.1f} {row['seconds']:>6.1f}")
+
+
+def add_scalars(board: SummaryWriter, row: dict, examples_per_epoch: int) -> None:
+    """A row's metrics over the number of examples seen, as the write-up plotted them."""
+    for metric in runs.METRICS:
+        board.add_scalar(f"{metric}/{row['phase']}", row[metric], row["epoch"] * examples_per_epoch)
+    board.flush()
+
+
+def write_results(folder: Path, history: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
+                  classes: list[str], board: SummaryWriter, examples_seen: int) -> None:
+    """What stands at the end of a training: metrics.jsonl, curves, confusion matrix and, last, report.csv."""
+    runs.write_metrics(folder, history)
+    labels = range(len(classes))
+    confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=labels), classes)
+    for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(history))):
+        dsets.write_whole(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
+    board.add_figure("confusion", confusion, examples_seen)
+    precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
+    report = pd.DataFrame({"class": classes, "precision": precision, "recall": recall, "f1": f1, "clips": clips})
+    dsets.write_whole(folder / "report.csv", lambda part: report.to_csv(part, index=False, float_format="%.4f"))
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether a training has done its last epoch and written all its files."""
+    return len(runs.read_metrics(folder)) == 2 * epochs and (folder / "report.csv").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+def run(argv: list[str], progress: dict) -> None:
+    """Everything the command does. progress["run_dir"] is set once there is a run that --resume can go on with."""
+    flags, given = parse_flags(argv)
+    old = runs.read_run(Path(given["resume"])) if "resume" in given else None
+    device = choose_device(old["device"] if old else flags["device"])
+    precision = old["precision"] if old else choose_precision(flags["precision"], device)
+    make_deterministic()
+
+    root = Path(flags["data"])
+    if flags["demo"]:
+        roots.write_demo(root)
+    if flags["download"]:
+        roots.download(root)
+    dataset = dsets.ESC50(root, esc10=flags["esc10"])
+    flags["fold"] = choose_folds(flags["fold"], dataset.folds)
+    for fold in flags["fold"]:
+        dataset.split(fold)  # refuses an empty side before anything is trained
+    record = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "flags": flags,
+              "device": str(device), "precision": precision, **runs.environment(),
+              "data": {"root": str(root.resolve()), "clips": len(dataset), "classes": dataset.classes,
+                       "fingerprint": dataset.fingerprint()}}
+    if old:
+        run_dir = Path(given["resume"])
+        runs.refuse_other_data_or_versions(run_dir, old, record)
+        if flags["epochs"] != old["flags"]["epochs"]:
+            runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
+        record = old
+    else:
+        run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
+        record = runs.open_run(run_dir, record, may_differ=WHERE_ONLY)
+    progress["run_dir"] = run_dir
+    torch.set_num_threads(record["hardware"]["threads"])  # sums are split by thread: as many as the run began with
+    parameters = sum(p.numel() for p in start_model({**flags, "pretrained": None}, len(dataset.classes), 0, 0).parameters())
+    print(f"run    {run_dir / 'run.json'}\ndata   {dataset}\nmodel  {flags['model']}, {parameters:,} parameters, "
+          f"{precision} on {device}", flush=True)
+    if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
+
+    for seed in flags["seed"]:
+        for fold in flags["fold"]:
+            folder = runs.training_dir(run_dir, seed, fold)
+            if is_finished(folder, flags["epochs"]):
+                continue
+            with runs.locked(folder):
+                train(folder, dataset, flags, seed, fold, device, precision)
+            runs.write_json(run_dir / "summary.json", runs.summarise(run_dir, flags["epochs"]))
+    summary = runs.summarise(run_dir, flags["epochs"])
+    runs.write_json(run_dir / "summary.json", summary)
+    print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
+    if "rerun" in given:
+        print("\n".join(["", f"compared with {given['rerun']}:", *runs.compare_runs(Path(given["rerun"]), run_dir)]))
+
+
+def make_deterministic() -> None:
+    """Only algorithms that give the same bits every time, on the CPU and on CUDA."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 2 something the user can mend, 130 or 143 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    progress = {}
+    try:
+        run(argv, progress)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or progress.get('run_dir', 'output')}: {error.strerror or error}"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "--batch-size: the memory does not hold it; choose a smaller one"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # how torch's CPU allocator says it
+            raise
+        message = "--batch-size: the memory does not hold it; choose a smaller one"
+    except Interrupted as interruption:
+        remedy = f"all whole epochs are saved; go on with: python training.py --resume {shlex.quote(str(progress['run_dir']))}" \
+            if "run_dir" in progress else "nothing was begun"
+        print(f"\ntraining.py: interrupted; {remedy}", file=sys.stderr)
+        return 128 + interruption.signum
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    print(f"training.py: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
