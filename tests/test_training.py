@@ -3,10 +3,10 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,15 @@ def tiny(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def pristine_root(tmp_path_factory) -> Path:
     """12 clips: 2 classes, 3 folds."""
-    return write_root(tmp_path / "root", num_classes=2, folds=3, clips=2)
+    return write_root(tmp_path_factory.mktemp("pristine") / "root", num_classes=2, folds=3, clips=2)
+
+
+@pytest.fixture
+def root(pristine_root, tmp_path) -> Path:
+    return shutil.copytree(pristine_root, tmp_path / "root")
 
 
 def run(*flags, status: int = 0) -> None:
@@ -367,7 +372,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(root, tmp_path
 
 
 def test_a_vanished_folder_is_one_line(root, tmp_path, capsys, monkeypatch):
-    import shutil
     validate = training.validate
 
     def vanishing(*arguments):
@@ -417,10 +421,18 @@ def test_a_training_does_not_depend_on_those_before_it(root, tmp_path, order):
 
 # --- resume and rerun -------------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def pristine_reference(pristine_root, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
+        return train_in(tmp_path_factory.mktemp("pristine") / "reference", pristine_root, "--fold", "1", "3", "--seed",
+                        "1", "2")
+
+
 @pytest.fixture
-def reference(root, tmp_path) -> Path:
+def reference(pristine_reference, tmp_path) -> Path:
     """A run never interrupted: 2 seeds x 2 folds x 2 epochs."""
-    return train_in(tmp_path / "reference", root, "--fold", "1", "3", "--seed", "1", "2")
+    return shutil.copytree(pristine_reference, tmp_path / "reference")
 
 
 class Killed(BaseException):
@@ -495,10 +507,12 @@ def test_resume_refuses_flags_that_would_change_the_result(reference, capsys, fl
 
 
 def test_resume_refuses_other_data_and_finds_moved_data(root, reference, tmp_path, capsys):
-    root.rename(tmp_path / "moved")
+    record = json.loads((reference / "run.json").read_text())
+    record["data"]["root"] = str(tmp_path / "gone")
+    (reference / "run.json").write_text(json.dumps(record))
     run("--resume", reference, status=2)
-    assert "has no meta/esc50.csv" in capsys.readouterr().err
-    run("--resume", reference, "--data", tmp_path / "moved")
+    assert f"--data {tmp_path / 'gone'}: has no meta/esc50.csv" in capsys.readouterr().err
+    run("--resume", reference, "--data", root)
     other = write_root(tmp_path / "other", num_classes=3, folds=3, clips=1)
     run("--resume", reference, "--data", other, status=2)
     assert re.search("--data .*other: is not the data that the run in .* began with", capsys.readouterr().err)
