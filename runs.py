@@ -24,7 +24,10 @@ import soundfile
 import soxr
 import torch
 import torchaudio
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+import plots
 from dsets import UserError, write_whole
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
@@ -204,6 +207,29 @@ def read_metrics(folder: Path) -> list[dict]:
                 raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not JSON; remove the file: --resume "
                                 f"writes it anew from last.pt") from None
     return rows
+
+
+def write_results(folder: Path, history: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
+                  classes: list[str]) -> Figure:
+    """What stands at the end of a training: metrics.jsonl, curves.png, confusion.png and, last, report.csv.
+
+    targets, predictions: class indices (N,) of the validation clips in the last epoch. Returns the confusion matrix's
+    figure.
+    """
+    write_metrics(folder, history)
+    labels = range(len(classes))
+    confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=labels), classes)
+    for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(history))):
+        write_whole(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
+    precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
+    report = pandas.DataFrame({"class": classes, "precision": precision, "recall": recall, "f1": f1, "clips": clips})
+    write_whole(folder / "report.csv", lambda part: report.to_csv(part, index=False, float_format="%.4f"))
+    return confusion
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether a training has done its last epoch and written all its files."""
+    return len(read_metrics(folder)) == 2 * epochs and (folder / "report.csv").exists()
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------

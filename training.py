@@ -16,16 +16,14 @@ from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; before torch starts
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dsets
 import models
-import plots
 import roots
 import runs
 from dsets import UserError
@@ -55,15 +53,15 @@ def interrupt(signum, frame):
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
-def number(kind, low, high=None):
+def number(kind, low, high=math.inf):
     """An argparse type: `kind` (int or float) from low to high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= (value if high is None else high):  # refuses nan too
-            limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            value = math.nan
+        if not low <= value <= high:  # nan is never
+            limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
         return value
     return parse
@@ -314,8 +312,9 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             add_scalars(board, row, examples_per_epoch)
             print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
                   f"{row_text(row)}", flush=True)
-        write_results(folder, state["history"], dataset.targets[validation], state["predictions"], dataset.classes,
-                      board, flags["epochs"] * examples_per_epoch)
+        confusion = runs.write_results(folder, state["history"], dataset.targets[validation], state["predictions"],
+                                       dataset.classes)
+        board.add_figure("confusion", confusion, flags["epochs"] * examples_per_epoch)
 
 
 def start_model(flags: dict, num_classes: int, seed: int, fold: int) -> torch.nn.Module:
@@ -345,25 +344,6 @@ def add_scalars(board: SummaryWriter, row: dict, examples_per_epoch: int) -> Non
     for metric in runs.METRICS:
         board.add_scalar(f"{metric}/{row['phase']}", row[metric], row["epoch"] * examples_per_epoch)
     board.flush()
-
-
-def write_results(folder: Path, history: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
-                  classes: list[str], board: SummaryWriter, examples_seen: int) -> None:
-    """What stands at the end of a training: metrics.jsonl, curves, confusion matrix and, last, report.csv."""
-    runs.write_metrics(folder, history)
-    labels = range(len(classes))
-    confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=labels), classes)
-    for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(history))):
-        dsets.write_whole(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
-    board.add_figure("confusion", confusion, examples_seen)
-    precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
-    report = pd.DataFrame({"class": classes, "precision": precision, "recall": recall, "f1": f1, "clips": clips})
-    dsets.write_whole(folder / "report.csv", lambda part: report.to_csv(part, index=False, float_format="%.4f"))
-
-
-def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether a training has done its last epoch and written all its files."""
-    return len(runs.read_metrics(folder)) == 2 * epochs and (folder / "report.csv").exists()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -400,7 +380,8 @@ def run(argv: list[str], progress: dict) -> None:
         record = runs.open_run(run_dir, record, may_differ=WHERE_ONLY)
     progress["run_dir"] = run_dir
     torch.set_num_threads(record["hardware"]["threads"])  # sums are split by thread: as many as the run began with
-    parameters = sum(p.numel() for p in start_model({**flags, "pretrained": None}, len(dataset.classes), 0, 0).parameters())
+    with torch.device("meta"):  # shapes alone
+        parameters = sum(p.numel() for p in models.build_model(flags["model"], len(dataset.classes)).parameters())
     print(f"run    {run_dir / 'run.json'}\ndata   {dataset}\nmodel  {flags['model']}, {parameters:,} parameters, "
           f"{precision} on {device}", flush=True)
     if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -409,7 +390,7 @@ def run(argv: list[str], progress: dict) -> None:
     for seed in flags["seed"]:
         for fold in flags["fold"]:
             folder = runs.training_dir(run_dir, seed, fold)
-            if is_finished(folder, flags["epochs"]):
+            if runs.is_finished(folder, flags["epochs"]):
                 continue
             with runs.locked(folder):
                 train(folder, dataset, flags, seed, fold, device, precision)

@@ -440,7 +440,7 @@ class Killed(BaseException):
 
 
 KILL_POINTS = [(runs, "save_checkpoint"), (runs, "write_metrics"), (runs, "write_json"), (training, "add_scalars"),
-               (training, "write_results"), (training, "validate"), (os, "replace"), (os, "fsync")]
+               (runs, "write_results"), (training, "validate"), (os, "replace"), (os, "fsync")]
 
 
 @pytest.mark.parametrize("module, name", KILL_POINTS, ids=lambda value: value if isinstance(value, str) else "")
@@ -641,6 +641,16 @@ def test_interrupted_saved_and_resumed(root, tmp_path, signum, status):
     assert start("--resume", tmp_path / "run").wait(120) == 0
     assert start(*flags, "--epochs", epoch + 1, "--run-dir", tmp_path / "reference").wait(120) == 0
     assert results_of(tmp_path / "run") == results_of(tmp_path / "reference")
+
+
+def test_a_second_interrupt_stops_at_once_and_loses_no_whole_epoch(root, tmp_path):
+    process = start("--data", root, "--views", 1, "--batch-size", 4, "--epochs", 300, "--run-dir", tmp_path / "run")
+    wait_for_epoch(process, 2)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert runs.load_checkpoint(tmp_path / "run" / "seed-42" / "fold-1" / "last.pt")["epoch"] >= 2
 
 
 def test_killed_for_good_and_resumed(root, tmp_path):
