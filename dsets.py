@@ -14,10 +14,10 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import soundfile
@@ -71,6 +71,12 @@ def write_whole(path: Path, write) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def first_ten(errors: list[str]) -> str:
+    """The first ten of the errors that are not empty, and how many more there are, in one line."""
+    found = [error for error in errors if error]
+    return "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")
 
 
 def in_threads(function, items, title: str, progress: bool = True) -> list:
@@ -211,18 +217,24 @@ def load_features(root: str | Path, table: pd.DataFrame, progress: bool = True) 
         if cached is not None:
             return cached
     for folder in cache_folders(root):
+        lock = filelock.FileLock(folder / "lock")  # a second process waits for the first one's features
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError:
+            lock.acquire()
+        except OSError:  # not to be written to
             continue
-        path = folder / f"logmel-{key}.npy"
-        compute_features(root, table, path, progress)
-        for stale in folder.glob("logmel-*"):
-            if key not in stale.name:
-                with contextlib.suppress(OSError):  # in use by another process (Windows)
-                    stale.unlink()
-        return read_cache(path, len(table))
+        try:
+            path = folder / f"logmel-{key}.npy"
+            cached = read_cache(path, len(table))
+            if cached is None:
+                for stale in [*folder.glob("logmel-*"), *folder.glob(".logmel-*.part")]:
+                    with contextlib.suppress(OSError):  # in use by another process (Windows)
+                        stale.unlink()
+                compute_features(root, table, path, progress)
+                cached = read_cache(path, len(table))
+            return cached
+        finally:
+            lock.release()
     raise UserError(f"no room for the features: cannot write to {' or '.join(map(str, cache_folders(root)))}; "
                     f"make one of them writable, or set XDG_CACHE_HOME")
 
@@ -264,28 +276,19 @@ def compute_features(root: Path, table: pd.DataFrame, path: Path, progress: bool
                 errors[index] = str(error)
 
         # One clip a thread: its spectrum stays in the processor's cache, which a batch's does not.
-        with one_torch_thread():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             in_threads(compute_one, range(len(names)), "features", progress)
-        found = [error for error in errors if error]
-        if found:
-            rest = f"; and {len(found) - 10} more" if len(found) > 10 else ""
-            raise UserError(f"{'; '.join(found[:10])}{rest}; mend or remove them, or fetch the data again (--download)")
+        finally:
+            torch.set_num_threads(threads)
+        if any(errors):
+            raise UserError(f"{first_ten(errors)}; mend or remove them, or fetch the data again (--download)")
         features.flush()
         # the digests first: where there are features, they are there too
         write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(digests)))
 
     write_whole(path, write_both)
-
-
-@contextlib.contextmanager
-def one_torch_thread():
-    """Torch computes in the calling thread alone, as when the caller's own threads keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from dsets import (CLIP_SAMPLES, NUM_CLASSES, NUM_FOLDS, SAMPLE_RATE, UserError, in_threads, load_waveform, read_table,
-                   write_whole)
+from dsets import (CLIP_SAMPLES, NUM_CLASSES, NUM_FOLDS, SAMPLE_RATE, UserError, first_ten, in_threads, load_waveform,
+                   read_table, write_whole)
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
 MAX_UNPACKED_BYTES = 4 * 10 ** 9  # the published archive unpacks to 0.9 GB
@@ -51,8 +51,7 @@ def download(root: Path, url: str = "") -> None:
             unpack(archive, unpacked)
             found = problems(unpacked)
             if found:
-                raise UserError(f"--download: the archive from {url} is not whole: {'; '.join(found[:10])}"
-                                f"{f'; and {len(found) - 10} more' if len(found) > 10 else ''}")
+                raise UserError(f"--download: the archive from {url} is not whole: {first_ten(found)}; try again later")
             move_into(unpacked, root)
         except UserError:
             archive.unlink()  # a further attempt must not go on from it

@@ -290,7 +290,15 @@ def test_a_killed_computation_leaves_nothing_half_made(own_root, monkeypatch):
     monkeypatch.setattr(dsets, "tqdm", killed)
     with pytest.raises(KeyboardInterrupt):
         dsets.ESC50(own_root)
-    assert list((own_root / "features").iterdir()) == []
+    assert [path.name for path in (own_root / "features").iterdir()] == ["lock"]
+
+
+def test_what_a_killed_computation_left_is_cleared(own_root):
+    left = own_root / "features" / ".logmel-0123456789abcdef.npy.99999.part"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    dsets.ESC50(own_root)
+    assert not left.exists()
 
 
 def test_a_read_only_root_is_served_from_the_users_cache(own_root, tmp_path, monkeypatch):
