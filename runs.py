@@ -161,7 +161,12 @@ def locked(folder: Path):
 def save_checkpoint(path: Path, content: dict) -> None:
     def write(part: Path) -> None:
         with open(part, "wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            try:
+                torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's zip writer covers the disk's own error
+                    raise error.__context__ from None
+                raise
     write_whole(path, write)
 
 
