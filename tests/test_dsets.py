@@ -474,6 +474,17 @@ def test_another_seed_fold_or_epoch_gives_other_examples(dataset, change):
     assert not torch.equal(epoch_of(dataset)[0], epoch_of(dataset, **change)[0])
 
 
+def test_every_draw_of_an_epoch_follows_seed_fold_and_epoch(dataset, monkeypatch):
+    asked, generator_for = [], dsets.generator_for
+
+    def recording(*parts):
+        asked.append(parts)
+        return generator_for(*parts)
+    monkeypatch.setattr(dsets, "generator_for", recording)
+    epoch_of(dataset, seed=7, fold=2, epoch=3)
+    assert sorted(asked) == [(7, 2, 3, "crops"), (7, 2, 3, "masks"), (7, 2, 3, "order")]
+
+
 def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):
     _, validation = dataset.split(3)
     batches = list(dsets.validation_batches(dataset, validation, (2.0, 3.0), batch_size=3, device=CPU))

@@ -141,6 +141,7 @@ def test_pretrained_weights_give_what_three_equal_channels_give(tmp_path):
     model.fc = published.fc
     grey = examples(2)
     with torch.inference_mode():
+        torch.testing.assert_close(model.conv1(grey), published.conv1(grey.expand(2, 3, 100, 384)), atol=1e-5, rtol=1e-5)
         expected = published.eval()(grey.expand(2, 3, 100, 384))
         torch.testing.assert_close(model.eval()(grey), expected, atol=1e-4, rtol=1e-4)
 
