@@ -285,11 +285,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             begin = time.perf_counter()
             losses, predictions, targets = train_epoch(network, optimizer, batches, steps, device, precision)
             seconds = time.perf_counter() - begin
-            if not losses.isfinite().all():
-                step = int((~losses.isfinite()).nonzero()[0]) // flags["batch_size"] + 1
-                good = f"{folder / 'last.pt'} (epoch {epoch - 1})" if epoch > 1 else "none yet"
-                raise UserError(f"--lr {flags['lr']:g}: seed {seed} fold {fold} epoch {epoch} step {step}: the loss is not "
-                                f"finite; last good checkpoint: {good}; start a new run with a lower --lr")
+            refuse_not_finite(losses, "step", folder, epoch, flags)
             train_row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "training",
                          **compute_metrics(losses, predictions, targets), "seconds": round(seconds, 3)}
 
@@ -297,6 +293,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
                                                device=device)
             begin = time.perf_counter()
             losses, predictions, targets = validate(network, batches, device, precision)
+            refuse_not_finite(losses, "validation batch", folder, epoch, flags)
             row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "validation",
                    **compute_metrics(losses, predictions, targets), "seconds": round(time.perf_counter() - begin, 3)}
 
@@ -328,6 +325,15 @@ def start_model(flags: dict, num_classes: int, seed: int, fold: int) -> torch.nn
         except ValueError as error:
             raise UserError(str(error)) from error
     return model
+
+
+def refuse_not_finite(losses: torch.Tensor, step_name: str, folder: Path, epoch: int, flags: dict) -> None:
+    """Raise UserError if a loss (N,) of an epoch is not finite; nothing of the epoch is saved then."""
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).nonzero()[0]) // flags["batch_size"] + 1
+        good = f"{folder / 'last.pt'} (epoch {epoch - 1})" if epoch > 1 else "none yet"
+        raise UserError(f"--lr {flags['lr']:g}: the loss is not finite in epoch {epoch}, {step_name} {step} of {folder}; "
+                        f"last good checkpoint: {good}; start a new run with a lower --lr")
 
 
 ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"

@@ -319,20 +319,21 @@ def test_download_then_train(root, tmp_path, monkeypatch):
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
-def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, capsys, monkeypatch):
-    steps = []
+@pytest.mark.parametrize("call, place", [(9, "epoch 2, step 4"), (10, "epoch 2, validation batch 1")])
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, capsys, monkeypatch, call, place):
+    calls = [0]
 
-    def forward(self, x):
-        steps.append(len(x))
+    def forward(self, x):  # an epoch is 4 steps and one batch of validation
+        calls[0] += 1
         logits = self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
-        return logits * float("nan") if self.training and sum(1 for n in steps) == 9 else logits
+        return logits * float("nan") if calls[0] == call else logits
     monkeypatch.setattr(Tiny, "forward", forward)
-    # an epoch is 4 steps and one batch of validation: the 9th call is epoch 2, step 4
     run("--data", root, "--run-dir", tmp_path / "run", "--epochs", 3, "--views", 2, "--batch-size", 4, status=2)
-    error = capsys.readouterr().err
-    assert "seed 42 fold 1 epoch 2 step 4: the loss is not finite" in error
-    assert f"last good checkpoint: {tmp_path / 'run' / 'seed-42' / 'fold-1' / 'last.pt'} (epoch 1)" in error
-    assert runs.load_checkpoint(tmp_path / "run" / "seed-42" / "fold-1" / "last.pt")["epoch"] == 1
+    folder = tmp_path / "run" / "seed-42" / "fold-1"
+    assert capsys.readouterr().err == (
+        f"training.py: --lr 0.0003: the loss is not finite in {place} of {folder}; last good checkpoint: "
+        f"{folder / 'last.pt'} (epoch 1); start a new run with a lower --lr\n")
+    assert runs.load_checkpoint(folder / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
