@@ -33,6 +33,7 @@ NUM_CLASSES = 50
 NUM_FOLDS = 5
 COLUMNS = ("filename", "fold", "target", "category", "esc10")
 RATE_LIMITS = (1_000, 768_000)  # Hz; from below telephone speech to the fastest audio converters
+MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
 
 # The mel-spectrogram of the 2023 write-up (DB is torchaudio's and librosa's usual 80 dB and 1e-10).
 MEL = {"sample_rate": SAMPLE_RATE, "n_fft": 2048, "hop_length": 512, "n_mels": 128, "f_min": 0.0, "f_max": 8000.0}
@@ -92,6 +93,9 @@ def load_waveform(path: str | Path) -> torch.Tensor:
     Channels are averaged, other sample rates resampled (soxr, high quality), shorter recordings padded with zeros.
     Raises UserError if the file cannot be decoded, is empty, or holds a sample that is not a finite number.
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited on for ever
+        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -100,12 +104,14 @@ def load_waveform(path: str | Path) -> torch.Tensor:
             # another second lets the resampling filter end past the cut
             frames = CLIP_SAMPLES if rate == SAMPLE_RATE else 6 * rate
             samples = file.read(frames, dtype="float32", always_2d=True)  # (frames, channels)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless, by the file's ending
         raise UserError(f"{path}: cannot be decoded as audio ({error})") from error
     if len(samples) == 0:
         raise UserError(f"{path}: holds no samples")
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: holds samples that are not finite numbers")
+    if np.abs(samples).max() > MAX_AMPLITUDE:
+        raise UserError(f"{path}: holds samples as large as {np.abs(samples).max():.3g}, expected about 1 at most")
     mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]  # (frames, channels) -> (frames,)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
@@ -132,6 +138,8 @@ def read_table(root: str | Path) -> pd.DataFrame:
         raise UserError(f"{path}: has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
     if table.empty:
         raise UserError(f"{path}: lists no clips")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes a cell too many for an index
+        raise UserError(f"{path}: its rows have more cells than its header has; expected {', '.join(COLUMNS)}")
     table = table[list(COLUMNS)]
 
     def refuse(wrong: pd.Series, column: str, expected: str) -> None:
@@ -186,18 +194,21 @@ class LogMel(torch.nn.Module):
 
 def cache_folders(root: Path) -> list[Path]:
     """Where the features of a root may lie: in the root, or for a root one may not write to, the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     return [root / "features", Path(home) / "esc50-features" / digest]
 
 
 def cache_key(root: Path, table: pd.DataFrame) -> str:
-    """A digest of all that features are computed from: parameters, library versions, each file's name, size, time."""
+    """A digest of all that features are computed from: parameters, library versions, each file's name, size, times.
+
+    The time of change beside that of modification: files that were swapped or copied over keep the latter.
+    """
     files = []
     for name in table["filename"]:
         with contextlib.suppress(OSError):  # a missing file is reported when the features are computed
             stat = os.stat(root / "audio" / name)
-            files.append([name, stat.st_size, stat.st_mtime_ns])
+            files.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     made_from = {"format": CACHE_FORMAT, "mel": MEL, "top_db": TOP_DB, "torch": torch.__version__,
                  "torchaudio": torchaudio.__version__, "soundfile": soundfile.__libsndfile_version__,
                  "soxr": soxr.__version__, "files": files}
@@ -244,9 +255,11 @@ def read_cache(path: Path, num_clips: int) -> tuple[torch.Tensor, list[str]] | N
     try:
         digests = json.loads(path.with_suffix(".json").read_text())
         features = np.load(path, mmap_mode="c")  # copy on write: nothing done to the tensor reaches the file
-    except (OSError, ValueError):
+        whole = features.shape == (num_clips, 1, MEL["n_mels"], FRAMES) and features.dtype == np.float32 \
+            and len(digests) == num_clips
+    except (OSError, ValueError, EOFError, AttributeError, TypeError):  # whatever else the files hold
         return None
-    if features.shape != (num_clips, 1, MEL["n_mels"], FRAMES) or features.dtype != np.float32:
+    if not whole:
         return None
     return torch.from_numpy(features), digests
 
@@ -266,12 +279,10 @@ def compute_features(root: Path, table: pd.DataFrame, path: Path, progress: bool
         def compute_one(index: int) -> None:
             wav = root / "audio" / names[index]
             try:
-                if not wav.is_file():
-                    raise UserError(f"{wav}: no such file")
-                with open(wav, "rb") as file:
-                    digests[index] = hashlib.file_digest(file, "sha256").hexdigest()
                 with torch.inference_mode():
                     features[index] = log_mel(load_waveform(wav)).numpy()
+                with open(wav, "rb") as file:
+                    digests[index] = hashlib.file_digest(file, "sha256").hexdigest()
             except (UserError, OSError) as error:
                 errors[index] = str(error)
 

@@ -189,6 +189,9 @@ def load_pretrained(model: ResNet18, source: str) -> None:
     except Exception as error:  # the readers raise a dozen kinds, urllib's and the unpickler's among them
         reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else \
             (str(error).strip() or type(error).__name__).splitlines()[0]
+        if source == "imagenet" and isinstance(error, OSError):
+            raise ValueError(f"--pretrained imagenet: cannot be fetched from {IMAGENET_URL} ({reason}); check the "
+                             f"connection, or fetch it by hand and name the file") from error
         raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors ({reason}); "
                          f"expected torchvision's resnet18 state dict") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

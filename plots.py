@@ -29,8 +29,8 @@ def confusion_figure(confusion: np.ndarray, classes: list[str]) -> Figure:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(confusion, cmap="Blues", vmin=0)  # one hue that only darkens: readable in grey
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
-    axes.set_yticks(range(count), classes, fontsize=7)
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
+    axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     dark = confusion.max() / 2
@@ -38,5 +38,5 @@ def confusion_figure(confusion: np.ndarray, classes: list[str]) -> Figure:
         value = confusion[row, column]
         axes.text(column, row, str(value), ha="center", va="center", fontsize=6,
                   color="white" if value > dark else "black")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="clips")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="clips", ticks=MaxNLocator(integer=True))
     return figure

@@ -6,6 +6,7 @@ import http.client
 import os
 import shutil
 import ssl
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -24,6 +25,7 @@ ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
 MAX_UNPACKED_BYTES = 4 * 10 ** 9  # the published archive unpacks to 0.9 GB
 ATTEMPTS = 5  # connections in a row that bring nothing new before the transfer is given up
 TIMEOUT = 30  # seconds without a byte
+PAUSE = 1.0  # seconds between connections
 
 DEMO_CLIPS_PER_CLASS = 10  # two a fold: 500 clips, 221 MB
 
@@ -37,7 +39,9 @@ def download(root: Path, url: str = "") -> None:
     the root before the first file is moved into it, the table last.
     Raises UserError if the archive cannot be had or is not whole.
     """
-    url = url or ESC50_URL
+    url, root = url or ESC50_URL, root.resolve()  # resolved: what is beside a link may be another file system
+    if not root.name:
+        raise UserError(f"--data {root}: cannot be the data's own folder; name one below it")
     if (root / "meta" / "esc50.csv").is_file() and not problems(root):
         print(f"{root}: already whole, nothing to download")
         return
@@ -70,7 +74,7 @@ def download(root: Path, url: str = "") -> None:
 
 def fetch(url: str, path: Path) -> None:
     """Fetch `url` into `path`, going on from the bytes already there if the server can."""
-    failures = 0
+    failures = most = 0
     while True:
         have = path.stat().st_size if path.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -99,11 +103,13 @@ def fetch(url: str, path: Path) -> None:
                                 f"folder that --data names") from refusal
         except (http.client.HTTPException, urllib.error.URLError, ssl.SSLError, ConnectionError, TimeoutError) as broken:
             error = str(getattr(broken, "reason", broken)) or type(broken).__name__
-        grown = path.exists() and path.stat().st_size > have
-        failures = 0 if grown else failures + 1
+        size = path.stat().st_size if path.exists() else 0
+        failures = 0 if size > most else failures + 1  # a server that begins anew each time may never get further
+        most = max(most, size)
         if failures == ATTEMPTS:
             raise UserError(f"--download: {url}: {error}; check the connection and run the command again: "
-                            f"it goes on where it stopped")
+                            f"it goes on where it stopped, if the server can")
+        time.sleep(PAUSE)
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -31,10 +31,12 @@ import plots
 from dsets import UserError, write_whole
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+ROW_KEYS = ("seed", "fold", "epoch", "phase", "loss", "accuracy", "precision", "recall", "f1", "seconds")
 CHECKPOINT_FORMAT = 1  # raised when the meaning of a checkpoint's keys changes
 CHECKPOINT_KEYS = {"format", "model", "model_name", "classes", "features", "normalisation", "flags", "versions", "seed",
-                   "fold", "epoch", "history", "best", "predictions"}
-RECORD_KEYS = {"command", "started", "flags", "device", "precision", "data", "versions", "hardware", "git"}
+                   "fold", "precision", "epoch", "history", "best", "predictions"}
+RECORD_TYPES = {"flags": dict, "flags.seed": list, "flags.fold": list, "device": str, "precision": str, "data.root": str,
+                "data.fingerprint": str, "versions": dict, "hardware.threads": int, "git": dict}
 
 
 # --- run.json ---------------------------------------------------------------------------------------------------------
@@ -86,11 +88,21 @@ def read_run(run_dir: Path) -> dict:
     """run.json of a run's folder. Raises UserError where the folder is none."""
     path = run_dir / "run.json"
     try:
-        record = json.loads(path.read_text())
+        if path.exists() and not path.is_file():
+            raise OSError("is not a regular file")
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir}: is not a run's folder: run.json cannot be read ({error})") from error
-    if not isinstance(record, dict) or not RECORD_KEYS <= record.keys():
-        raise UserError(f"{path}: is not a whole record of a run; name the folder of a run that training.py made")
+    for names, kind in RECORD_TYPES.items():
+        value = record
+        for name in names.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(f"{path}: {names} is {value!r}, expected a {kind.__name__}; name the folder of a run that "
+                            f"training.py made")
+    if record["precision"] not in ("fp32", "bf16") or record["hardware"]["threads"] < 1:
+        raise UserError(f"{path}: precision {record['precision']!r} and {record['hardware']['threads']} threads; expected "
+                        f"fp32 or bf16, and at least 1 thread")
     return record
 
 
@@ -100,20 +112,28 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
     Returns the record now in run.json. Raises UserError if the run there was begun with other flags (those in
     `may_differ` aside), other data or other versions, or if it has begun one of these trainings already.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    flags = record["flags"]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be made ({error.strerror}); name another folder") from error
     with filelock.FileLock(run_dir / "lock"):  # two commands may join at once
+        for seed in flags["seed"]:
+            for fold in flags["fold"]:
+                if training_dir(run_dir, seed, fold).exists():
+                    raise UserError(f"--run-dir {run_dir}: seed {seed} fold {fold} has begun there; go on with "
+                                    f"--resume {run_dir}, or name another folder")
         if (run_dir / "run.json").exists():
-            there, flags = read_run(run_dir), record["flags"]
+            there = read_run(run_dir)
             for name in sorted(flags.keys() - may_differ - {"seed", "fold"}):
                 if there["flags"].get(name) != flags[name]:
                     raise UserError(f"--{name.replace('_', '-')}: the run in {run_dir} has {there['flags'].get(name)}, "
                                     f"here it is {flags[name]}; use the same flags, or another --run-dir")
+            for name in ("device", "precision"):  # what auto became
+                if there[name] != record[name]:
+                    raise UserError(f"--{name} {record[name]}: the run in {run_dir} has {there[name]}; use the same, or "
+                                    f"another --run-dir")
             refuse_other_data_or_versions(run_dir, there, record)
-            for seed in flags["seed"]:
-                for fold in flags["fold"]:
-                    if training_dir(run_dir, seed, fold).exists():
-                        raise UserError(f"--run-dir {run_dir}: seed {seed} fold {fold} has begun there; go on with "
-                                        f"--resume {run_dir}, or name another folder")
             both = {name: sorted({*there["flags"][name], *flags[name]}) for name in ("seed", "fold")}
             record = {**there, "flags": {**there["flags"], **both}}
         write_json(run_dir / "run.json", record)
@@ -197,20 +217,21 @@ def write_metrics(folder: Path, history: list[dict]) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl; a last line that is not whole is left out, no file gives no rows.
 
-    Raises UserError for any other line that is not JSON.
+    Raises UserError for any other line that is not a row.
     """
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({name: row[name] for name in ROW_KEYS})
+        except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not JSON; remove the file: --resume "
-                                f"writes it anew from last.pt") from None
+                raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not a row of metrics; remove the file: "
+                                f"--resume writes it anew from last.pt") from None
     return rows
 
 
@@ -261,6 +282,16 @@ def summarise(run_dir: Path, epochs: int) -> dict:
             "std": {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}}
 
 
+def update_summary(run_dir: Path, epochs: int) -> dict:
+    """Write summary.json anew and return it; one process at a time, so that the last one has seen all trainings."""
+    with filelock.FileLock(run_dir / "lock"):
+        for part in run_dir.glob(".*.part"):  # left by a killed process
+            part.unlink(missing_ok=True)
+        summary = summarise(run_dir, epochs)
+        write_json(run_dir / "summary.json", summary)
+    return summary
+
+
 def summary_table(summary: dict) -> str:
     """The table a run ends with, in %: last epoch of each training, the best epoch beside it, mean +- deviation."""
     head = "".join(f"{name:>15}" for name in ("accuracy", "precision", "recall", "F1"))
@@ -283,9 +314,14 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
     """Lines that say, metric by metric, whether two runs are identical, and if not, what could explain it."""
     lines, identical = [], True
     record, other = read_run(run_dir), read_run(other_dir)
-    for folder in sorted(path.parent for path in run_dir.glob("seed-*/fold-*/metrics.jsonl")):
-        name = folder.relative_to(run_dir)
-        rows, other_rows = read_metrics(folder), read_metrics(other_dir / name)
+    for name in [Path(f"seed-{seed}") / f"fold-{fold}" for seed in record["flags"]["seed"]
+                 for fold in record["flags"]["fold"]]:
+        missing = [str(base / name) for base in (run_dir, other_dir) if not (base / name / "last.pt").exists()]
+        if missing:
+            lines.append(f"{name}: cannot be compared, there is no {' and no '.join(missing)}/last.pt")
+            identical = False
+            continue
+        rows, other_rows = read_metrics(run_dir / name), read_metrics(other_dir / name)
         for metric in METRICS:
             pairs = [(row[metric], other_row[metric]) for row, other_row in zip(rows, other_rows)]
             differing = [i for i, (a, b) in enumerate(pairs) if a != b]

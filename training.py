@@ -5,7 +5,6 @@
     python training.py --fold all    cross-validation
     python training.py --help        every flag and its default
 """
-import argparse
 import math
 import os
 import shlex
@@ -14,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # importing torch takes seconds: an interrupt then ends without a word, nothing is begun yet
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; before torch starts
 
 import torch
@@ -22,20 +23,12 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import cli
 import dsets
 import models
 import roots
 import runs
 from dsets import UserError
-
-RECIPES = {  # the write-up's of 2023; its batch size is not known: this one was measured (README)
-    "blog": {"epochs": 40, "batch_size": 32, "lr": 3e-4, "weight_decay": 1e-3, "views": 5},
-}
-DEFAULTS = {"comment": "", "data": "data/ESC-50", "download": False, "demo": False, "esc10": False, "model": "cnn8",
-            "pretrained": None, "fold": ["1"], "seed": [42], "recipe": "blog", "device": "auto", "precision": "auto",
-            "compile": False, "run_dir": None, "tb_prefix": "CNN"}
-DEMO = {"data": "data/demo", "epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
-WHERE_ONLY = {"comment", "data", "download", "run_dir", "tb_prefix"}  # these change no figure
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,120 +44,7 @@ def interrupt(signum, frame):
     raise Interrupted(signum)
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-def number(kind, low, high=math.inf):
-    """An argparse type: `kind` (int or float) from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # nan is never
-            limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
-        return value
-    return parse
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="training.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
-    blog = RECIPES["blog"]
-    parser.add_argument("comment", nargs="?", help="a word or two that name the run's folder")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help=f"the ESC-50 folder (default {DEFAULTS['data']})")
-    data.add_argument("--download", action="store_true", help="fetch ESC-50 into --data first, if it is not there whole")
-    data.add_argument("--demo", action="store_true",
-                      help=f"train on synthetic sounds, written once to {DEMO['data']}; changes the defaults to --epochs "
-                           f"{DEMO['epochs']} --views {DEMO['views']} --batch-size {DEMO['batch_size']} "
-                           f"--lr {DEMO['lr']:g}")
-    data.add_argument("--esc10", action="store_true", help="only the ten classes of ESC-10")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=list(models.MODELS), help=f"the network (default {DEFAULTS['model']})")
-    model.add_argument("--pretrained", metavar="{imagenet,PATH}",
-                       help="start resnet18 from torchvision's ImageNet weights or a file of them (default: from scratch)")
-    experiment = parser.add_argument_group("experiment")
-    experiment.add_argument("--fold", nargs="+", metavar="K",
-                            help="validation fold, one training each: one, several, or all (default 1)")
-    experiment.add_argument("--seed", nargs="+", type=number(int, 0, 2 ** 63 - 1), metavar="S",
-                            help="seed, one training each: one or several (default 42)")
-    experiment.add_argument("--recipe", choices=list(RECIPES),
-                            help="the defaults of the flags below; a flag beside it wins (default blog)")
-    experiment.add_argument("--epochs", type=number(int, 1), metavar="N", help=f"(default {blog['epochs']})")
-    experiment.add_argument("--batch-size", type=number(int, 1), metavar="N",
-                            help=f"examples a step (default {blog['batch_size']})")
-    experiment.add_argument("--lr", type=number(float, 0, 1e3), metavar="X",
-                            help=f"Adam's learning rate (default {blog['lr']:g})")
-    experiment.add_argument("--weight-decay", type=number(float, 0, 1e3), metavar="X",
-                            help=f"L2 penalty (default {blog['weight_decay']:g})")
-    experiment.add_argument("--views", type=number(int, 1), metavar="N",
-                            help=f"examples of each training clip an epoch: one random crop, the others also masked "
-                                 f"(default {blog['views']})")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"],
-                         help="auto takes a GPU if there is one (default auto)")
-    machine.add_argument("--precision", choices=["auto", "fp32", "bf16"],
-                         help="auto takes bf16 where the hardware multiplies it (default auto)")
-    machine.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
-    output = parser.add_argument_group("output")
-    output.add_argument("--run-dir", metavar="DIR", help="the run's folder (default runs/<tb-prefix>/<time>_<comment>)")
-    output.add_argument("--tb-prefix", metavar="NAME", help=f"folder of runs for TensorBoard (default {DEFAULTS['tb_prefix']})")
-    again = parser.add_argument_group("again")
-    again.add_argument("--resume", metavar="RUN_DIR", help="do what is missing of that run, then print its table; "
-                                                          "--epochs may be raised, --data say where the data is now")
-    again.add_argument("--rerun", metavar="RUN_DIR", help="run that experiment again in a new folder and compare, to "
-                                                         "the last bit; --data, --device, --precision may differ")
-
-    def refuse(message: str):
-        raise UserError(f"{message}; --help lists the flags")
-    parser.error = refuse  # one line, without the usage
-    return parser
-
-
-def parse_flags(argv: list[str]) -> tuple[dict, dict]:
-    """All flags with their values, and those that were given. Raises UserError for what cannot be meant.
-
-    With --resume or --rerun, the flags are those of the recorded run.
-    """
-    given = {name: value for name, value in vars(build_parser().parse_args(argv)).items()
-             if value is not None and value is not False}
-    if "resume" in given and "rerun" in given:
-        raise UserError("--rerun: runs anew, --resume goes on; leave one of them out")
-    for again in ("resume", "rerun"):
-        if again in given:
-            return recorded_flags(again, given), given
-    recipe = given.get("recipe", DEFAULTS["recipe"])
-    flags = {**DEFAULTS, **RECIPES[recipe], **(DEMO if "demo" in given else {}), **given}
-    if flags["demo"] and flags["download"]:
-        raise UserError("--download: fetches ESC-50, --demo writes sounds of its own; leave one of them out")
-    if flags["pretrained"] and flags["model"] != "resnet18":
-        raise UserError(f"--pretrained: there are weights for resnet18 alone, not for {flags['model']}; "
-                        f"add --model resnet18")
-    for name, flag in (("comment", "comment"), ("tb_prefix", "--tb-prefix")):
-        if set(flags[name]) & set('/\\:*?"<>|\0') or flags[name] in (".", ".."):
-            raise UserError(f"{flag} {flags[name]!r}: names a folder, expected no / \\ : * ? \" < > | in it")
-    flags["seed"] = list(dict.fromkeys(flags["seed"]))  # each once, in the order given
-    return flags, given
-
-
-def recorded_flags(again: str, given: dict) -> dict:
-    """The flags of the run that --resume or --rerun names. Raises UserError for a given one that would change it."""
-    record = runs.read_run(Path(given[again]))
-    flags = {**record["flags"], "data": record["data"]["root"]}
-    if again == "rerun":
-        flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}
-    may_differ = {"resume": {"data", "epochs"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
-    for name, value in given.items():
-        if again == "resume" and name == "epochs" and value < flags["epochs"]:
-            raise UserError(f"--epochs {value}: the run has {flags['epochs']}; with --resume it may only be raised")
-        if name != again and name not in may_differ and value != flags.get(name):
-            flag = name if name == "comment" else "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: cannot be changed with --{again} (the run has {flags.get(name)}); leave it out, or "
-                            f"start a new run")
-    return flags | {name: value for name, value in given.items() if name in may_differ}
-
+# --- what the machine and the data have --------------------------------------------------------------------------------
 
 def choose_folds(wanted: list, folds: list[int]) -> list[int]:
     """The folds that --fold names. Raises UserError for one that the data has not."""
@@ -172,7 +52,7 @@ def choose_folds(wanted: list, folds: list[int]) -> list[int]:
         return folds
     for fold in wanted:
         if str(fold) not in map(str, folds):
-            raise UserError(f"--fold {fold}: expected all, or some of {' '.join(map(str, folds))}, the folds of the data")
+            raise UserError(f"--fold {fold}: expected all alone, or some of {' '.join(map(str, folds))}, the folds of the data")
     return list(dict.fromkeys(int(fold) for fold in wanted))  # each once, in the order given
 
 
@@ -181,8 +61,9 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    if not available[name]:
-        raise UserError(f"--device {name}: torch finds none here; use --device auto")
+    if not available.get(name):
+        raise UserError(f"--device {name}: torch finds none here; expected one of "
+                        f"{', '.join(kind for kind, there in available.items() if there)}")
     return torch.device(name)
 
 
@@ -252,19 +133,21 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     """
     training, validation = dataset.split(fold)
     statistics = dataset.statistics(training)
-    model = start_model(flags, len(dataset.classes), seed, fold).to(device, memory_format=torch.channels_last)
+    resumed = (folder / "last.pt").exists()
+    model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
+    model = model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if flags["compile"] else model
     optimizer = torch.optim.Adam(model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
-    if (folder / "last.pt").exists():
-        checkpoint = runs.load_checkpoint(folder / "last.pt")
+    if resumed:
+        checkpoint = load_last(folder / "last.pt", flags, seed, fold, precision)
         state = {name: checkpoint[name] for name in state}
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
                  "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
                  "normalisation": {"mean": statistics[0], "std": statistics[1]},
-                 "versions": runs.environment()["versions"]}
+                 "versions": runs.environment()["versions"], "precision": precision}
     print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {flags['views']} views, {len(validation)} "
           f"validation clips, normalised by mean {statistics[0]:.2f} dB, deviation {statistics[1]:.2f} dB"
           + (f"; going on after epoch {state['epoch']}" if state["epoch"] else ""))
@@ -314,6 +197,22 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         board.add_figure("confusion", confusion, flags["epochs"] * examples_per_epoch)
 
 
+def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str) -> dict:
+    """The checkpoint to go on from. Raises UserError if it is damaged or another training's."""
+    try:
+        checkpoint = runs.load_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path}: holds no optimizer state, which a training needs to go on")
+        now = {**flags, "seed": seed, "fold": fold, "precision": precision}
+        then = {**checkpoint["flags"], **{name: checkpoint[name] for name in ("seed", "fold", "precision")}}
+        for name in sorted(now.keys() - cli.WHERE_ONLY - {"epochs"}):
+            if now[name] != then.get(name):
+                raise UserError(f"{path}: was trained with {name} {then.get(name)}, the run has {now[name]}")
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and --resume begins this training anew") from error
+    return checkpoint
+
+
 def start_model(flags: dict, num_classes: int, seed: int, fold: int) -> torch.nn.Module:
     """The network with the weights that (seed, fold) give, or pretrained ones beneath a head that they give."""
     with torch.random.fork_rng(devices=[]):
@@ -356,11 +255,14 @@ def add_scalars(board: SummaryWriter, row: dict, examples_per_epoch: int) -> Non
 
 def run(argv: list[str], progress: dict) -> None:
     """Everything the command does. progress["run_dir"] is set once there is a run that --resume can go on with."""
-    flags, given = parse_flags(argv)
+    flags, given = cli.parse_flags(argv)
     old = runs.read_run(Path(given["resume"])) if "resume" in given else None
+    progress["run_dir"] = Path(given["resume"]) if old else None
     device = choose_device(old["device"] if old else flags["device"])
     precision = old["precision"] if old else choose_precision(flags["precision"], device)
     make_deterministic()
+    if old or "rerun" in given:
+        torch.set_num_threads(runs.read_run(Path(given.get("resume") or given["rerun"]))["hardware"]["threads"])
 
     root = Path(flags["data"])
     if flags["demo"]:
@@ -382,8 +284,9 @@ def run(argv: list[str], progress: dict) -> None:
             runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
         record = old
     else:
+        start_model(flags, len(dataset.classes), 0, 0)  # refuses --pretrained weights before a folder is made
         run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
-        record = runs.open_run(run_dir, record, may_differ=WHERE_ONLY)
+        record = runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY)
     progress["run_dir"] = run_dir
     torch.set_num_threads(record["hardware"]["threads"])  # sums are split by thread: as many as the run began with
     with torch.device("meta"):  # shapes alone
@@ -400,9 +303,8 @@ def run(argv: list[str], progress: dict) -> None:
                 continue
             with runs.locked(folder):
                 train(folder, dataset, flags, seed, fold, device, precision)
-            runs.write_json(run_dir / "summary.json", runs.summarise(run_dir, flags["epochs"]))
-    summary = runs.summarise(run_dir, flags["epochs"])
-    runs.write_json(run_dir / "summary.json", summary)
+            runs.update_summary(run_dir, flags["epochs"])
+    summary = runs.update_summary(run_dir, flags["epochs"])
     print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
     if "rerun" in given:
         print("\n".join(["", f"compared with {given['rerun']}:", *runs.compare_runs(Path(given["rerun"]), run_dir)]))
@@ -415,6 +317,13 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
 
 
+def remedy(progress: dict) -> str:
+    """How to go on after a run was stopped from outside."""
+    if not progress.get("run_dir"):
+        return "no training was begun, the same command begins anew"
+    return f"all whole epochs are saved; go on with: python training.py --resume {shlex.quote(str(progress['run_dir']))}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can mend, 130 or 143 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
@@ -425,18 +334,23 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or the exit would stumble over it again
+        message = f"output: nobody reads it any more; {remedy(progress)}"
     except OSError as error:
-        message = f"{error.filename or progress.get('run_dir', 'output')}: {error.strerror or error}"
+        message = f"{error.filename or 'output'}: {error.strerror or error}; {remedy(progress)}"
     except (torch.OutOfMemoryError, MemoryError):
         message = "--batch-size: the memory does not hold it; choose a smaller one"
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # how torch's CPU allocator says it
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "allocate memory" in str(error):  # how torch's CPU allocator says it
+            message = "--batch-size: the memory does not hold it; choose a smaller one"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"--compile: torch cannot compile here ({first}); leave it out"
+        else:
             raise
-        message = "--batch-size: the memory does not hold it; choose a smaller one"
     except Interrupted as interruption:
-        remedy = f"all whole epochs are saved; go on with: python training.py --resume {shlex.quote(str(progress['run_dir']))}" \
-            if "run_dir" in progress else "nothing was begun"
-        print(f"\ntraining.py: interrupted; {remedy}", file=sys.stderr)
+        print(f"\ntraining.py: interrupted; {remedy(progress)}", file=sys.stderr)
         return 128 + interruption.signum
     finally:
         for number, handler in before.items():

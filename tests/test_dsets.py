@@ -86,14 +86,22 @@ def bad_recording(path: Path, kind: str) -> None:
         samples = tone(1, 44_100)
         samples[100] = float(kind[:3])
         soundfile.write(path, samples, 44_100, subtype="FLOAT")
+    elif kind == "loud":
+        soundfile.write(path, np.stack([tone(1, 44_100)] * 2, axis=1) * 6e38, 44_100, subtype="FLOAT")
     elif kind == "rate":
         soundfile.write(path, tone(1, 44_100), 7)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
 
 
 BAD_RECORDINGS = [("garbage", "cannot be decoded as audio"), ("nothing", "cannot be decoded as audio"),
                   ("no samples", "holds no samples"), ("nan", "holds samples that are not finite numbers"),
                   ("infinite", "holds samples that are not finite numbers"),
-                  ("rate", "sample rate 7 Hz, expected 1000 to 768000 Hz"), ("missing", "no such file")]
+                  ("rate", "sample rate 7 Hz, expected 1000 to 768000 Hz"), ("missing", "no such file"),
+                  ("loud", "holds samples as large as 3e\\+38, expected about 1 at most"),
+                  ("directory", "is not a regular file"), ("pipe", "is not a regular file")]
 
 
 @pytest.mark.parametrize("kind, words", BAD_RECORDINGS)
@@ -181,6 +189,14 @@ def test_byte_order_mark_crlf_and_quotes_are_read(own_root):
     pd.testing.assert_frame_equal(dsets.read_table(own_root), expected)
 
 
+def test_rows_with_more_cells_than_the_header_are_refused(own_root):
+    path = own_root / "meta" / "esc50.csv"
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, *(row + "," for row in rows)]))
+    with pytest.raises(dsets.UserError, match="its rows have more cells than its header has"):
+        dsets.read_table(own_root)
+
+
 def test_an_empty_side_of_the_split_is_refused(tmp_path):
     root = write_root(tmp_path / "root", num_classes=2, folds=1)
     with pytest.raises(dsets.UserError, match="--fold 1: every clip .* is in it, none is left to train on"):
@@ -254,6 +270,18 @@ def test_features_are_those_of_each_clip_and_computed_once(own_root, monkeypatch
     assert torch.equal(again.features, dataset.features) and again.fingerprint() == dataset.fingerprint()
 
 
+def test_features_follow_files_that_are_swapped(own_root):
+    first, second = sorted((own_root / "audio").iterdir())[:2]
+    for wav in (first, second):
+        os.utime(wav, (1e9, 1e9))  # as data sets are often unpacked: all at one time
+    before = dsets.ESC50(own_root)
+    first.rename(own_root / "aside")
+    second.rename(first)
+    (own_root / "aside").rename(second)
+    after = dsets.ESC50(own_root)
+    assert torch.equal(after[0][0], before[1][0]) and after.fingerprint() != before.fingerprint()
+
+
 def test_features_follow_the_files(own_root):
     dataset = dsets.ESC50(own_root)
     wav = own_root / "audio" / dataset.table["filename"][2]
@@ -273,14 +301,16 @@ def test_features_follow_the_parameters(own_root, monkeypatch, name, value):
         dsets.ESC50(own_root)
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "no digests"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "no digests", "[]", "5"])
 def test_damaged_features_are_computed_again(own_root, damage):
     expected = dsets.ESC50(own_root).features.clone()
     path, = (own_root / "features").glob("*.npy")
     if damage == "no digests":
         path.with_suffix(".json").unlink()
+    elif damage in ("[]", "5"):
+        path.with_suffix(".json").write_text(damage)
     else:
-        path.write_bytes(path.read_bytes()[:1000] if damage == "cut" else b"garbage")
+        path.write_bytes({"cut": path.read_bytes()[:1000], "garbage": b"garbage", "empty": b""}[damage])
     assert torch.equal(dsets.ESC50(own_root).features, expected)
 
 

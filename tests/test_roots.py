@@ -1,6 +1,8 @@
 import http.server
 import io
+import os
 import re
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -66,7 +68,8 @@ def published(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def server(published):
+def server(published, monkeypatch):
+    monkeypatch.setattr(roots, "PAUSE", 0)
     server = Server(zip_of(published))
     yield server
     server.http.shutdown()
@@ -152,6 +155,27 @@ def test_download_gives_up_with_a_remedy_when_nothing_comes(server, tmp_path):
     refused(tmp_path / "ESC-50", server, "refused.*; check the connection")
 
 
+def test_download_gives_up_on_a_server_that_begins_anew_and_always_drops(server, tmp_path):
+    server.supports_ranges, server.drops = False, 10 ** 6
+    refused(tmp_path / "ESC-50", server, "the connection ended after .* bytes; check the connection")
+    assert len(server.ranges) == 1 + roots.ATTEMPTS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_download_does_not_wait_on_a_pipe_in_the_root(server, published, tmp_path):
+    shutil.copytree(published, tmp_path / "ESC-50", ignore=shutil.ignore_patterns("features"))
+    wav = sorted((tmp_path / "ESC-50" / "audio").iterdir())[0]
+    wav.unlink()
+    os.mkfifo(wav)
+    roots.download(tmp_path / "ESC-50", server.url)
+    check_whole(tmp_path / "ESC-50", published)
+
+
+def test_download_into_the_root_of_all_folders_is_refused(server):
+    with pytest.raises(dsets.UserError, match="--data .*: cannot be the data's own folder; name one below it"):
+        roots.download(Path("/"), server.url)
+
+
 def test_download_refuses_garbage_and_a_truncated_archive(server, published, tmp_path):
     whole = server.content
     for content in (b"<html>busy</html>" * 100, whole[:len(whole) // 2], whole[:200] + b"\0" * 5000 + whole[5200:]):
@@ -195,7 +219,7 @@ def test_download_refuses_an_archive_that_unpacks_to_too_much(server, tmp_path, 
 def test_download_refuses_an_archive_without_a_clip_of_the_table(server, published, tmp_path):
     name = sorted(path.name for path in (published / "audio").iterdir())[0]
     server.content = zip_of(published, leave_out=name)
-    refused(tmp_path / "ESC-50", server, f"is not whole: .*{name}: cannot be decoded as audio")
+    refused(tmp_path / "ESC-50", server, f"is not whole: .*{name}: no such file")
 
 
 def test_the_demo_is_an_esc50_root(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+import cli
 import dsets
 import models
 import runs
@@ -236,12 +237,12 @@ def test_scalars_stand_over_the_examples_seen(root, tmp_path):
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
-    (["--epochs", "many"], "argument --epochs: 'many' is not a whole number of at least 1"),
-    (["--batch-size", "-3"], "argument --batch-size: '-3' is not a whole number of at least 1"),
+    (["--epochs", "0"], "argument --epochs: '0' is not a whole number from 1 to 1000000"),
+    (["--epochs", "many"], "argument --epochs: 'many' is not a whole number from 1"),
+    (["--batch-size", "-3"], "argument --batch-size: '-3' is not a whole number from 1"),
     (["--lr", "nan"], "argument --lr: 'nan' is not a number from 0 to 1000"),
     (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
-    (["--views", "1.5"], "argument --views: '1.5' is not a whole number of at least 1"),
+    (["--views", "1.5"], "argument --views: '1.5' is not a whole number from 1 to 1000"),
     (["--model", "vgg"], "argument --model: invalid choice: 'vgg'"),
     (["--recipe", "soup"], "argument --recipe: invalid choice: 'soup'"),
     (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
@@ -249,7 +250,12 @@ def test_scalars_stand_over_the_examples_seen(root, tmp_path):
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--pretrained", "imagenet"], "--pretrained: there are weights for resnet18 alone, not for cnn8; add --model resnet18"),
     (["--demo", "--download"], "--download: fetches ESC-50, --demo writes sounds of its own; leave one of them out"),
-    (["a/b"], "comment 'a/b': names a folder, expected no /"),
+    (["a/b"], "comment 'a/b': names a folder, expected printable letters and no /"),
+    (["caf\udce9"], "names a folder, expected printable letters"),
+    (["two\nlines"], "names a folder, expected printable letters"),
+    (["--run-dir", ""], "--run-dir: is empty; give it a value, or leave it out"),
+    (["--pretrained", "", "--model", "resnet18"], "--pretrained: is empty"),
+    (["--batch-size", "1" + "0" * 26], "is not a whole number from 1 to 1000000"),
     (["--tb-prefix", ".."], "--tb-prefix '..': names a folder"),
     (["--data", "nowhere"], "--data nowhere: has no meta/esc50.csv; name an ESC-50 folder, fetch it with --download"),
     (["--resume", "nowhere"], "nowhere: is not a run's folder: run.json cannot be read"),
@@ -267,17 +273,17 @@ def test_bad_flags_are_refused_in_one_line(flags, words, capsys, tmp_path, monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_absent_device_is_refused(root, capsys):
     run("--data", root, "--device", "cuda", status=2)
-    assert "--device cuda: torch finds none here; use --device auto" in capsys.readouterr().err
+    assert "--device cuda: torch finds none here; expected one of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fold", ["4", "x", "0"])
 def test_a_fold_the_data_has_not_is_refused(root, capsys, fold):
     run("--data", root, "--fold", 1, fold, status=2)
-    assert f"--fold {fold}: expected all, or some of 1 2 3, the folds of the data" in capsys.readouterr().err
+    assert f"--fold {fold}: expected all alone, or some of 1 2 3, the folds of the data" in capsys.readouterr().err
 
 
 def test_help_is_grouped_and_says_every_default():
-    text = training.build_parser().format_help()
+    text = cli.build_parser().format_help()
     for group in ("data:", "model:", "experiment:", "machine:", "output:", "again:"):
         assert f"\n{group}\n" in text
     for words in ("default data/ESC-50", "default cnn8", "default 1)", "default 42", "default 40", "default 0.0003",
@@ -286,11 +292,11 @@ def test_help_is_grouped_and_says_every_default():
 
 
 def test_recipes_fill_in_and_flags_win():
-    flags, _ = training.parse_flags(["--lr", "0.1", "named"])
+    flags, _ = cli.parse_flags(["--lr", "0.1", "named"])
     assert flags["lr"] == 0.1 and flags["epochs"] == 40 and flags["weight_decay"] == 1e-3 and flags["views"] == 5
     assert flags["comment"] == "named" and flags["data"] == "data/ESC-50"
-    flags, _ = training.parse_flags(["--demo", "--epochs", "7"])
-    assert flags["epochs"] == 7 and flags["data"] == "data/demo" and flags["views"] == training.DEMO["views"]
+    flags, _ = cli.parse_flags(["--demo", "--epochs", "7"])
+    assert flags["epochs"] == 7 and flags["data"] == "data/demo" and flags["views"] == cli.DEMO["views"]
 
 
 def test_the_default_run_folder(root, tmp_path, monkeypatch):
@@ -497,6 +503,7 @@ def test_a_half_written_last_line_of_the_metrics_is_recognised(reference):
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "0.1"], r"--lr: cannot be changed with --resume \(the run has 0.0003\)"),
     (["--fold", "2"], "--fold: cannot be changed with --resume"),
+    (["--run-dir", "x"], "--run-dir: cannot be changed with --resume"),
     (["--model", "cnn4"], r"--model: cannot be changed with --resume \(the run has cnn8\)"),
     (["--epochs", "1"], "--epochs 1: the run has 2; with --resume it may only be raised"),
     (["other"], "comment: cannot be changed with --resume"),
@@ -527,12 +534,34 @@ def test_resume_refuses_other_versions(reference, capsys):
     assert "was begun with torch 1.0, here is 2." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"flags": {}}', "{"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"flags": {}}', "{", "\xff"])
 def test_resume_refuses_a_folder_that_is_no_run(tmp_path, capsys, content):
-    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "run.json").write_text(content, encoding="latin-1")
     run("--resume", tmp_path, status=2)
     error = capsys.readouterr().err
     assert "run" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("part, name, value", [
+    (None, "flags", []), (None, "flags", {}), ("flags", "fold", 3), ("flags", "fold", ["9"]), ("flags", "epochs", "two"),
+    ("flags", "model", "vgg"), ("flags", "lr", None), ("flags", "lr", "x"), ("flags", "seed", ["a"]), (None, "data", None),
+    ("data", "root", 5), (None, "versions", 5), (None, "hardware", {}), ("hardware", "threads", 0), (None, "device", "tpu"),
+    (None, "precision", "int4"), ("flags", "views", -1), ("flags", "model", "cnn4"), ("flags", "lr", 0.5),
+])
+def test_resume_refuses_a_record_edited_by_hand(reference, capsys, part, name, value):
+    record = json.loads((reference / "run.json").read_text())
+    (record[part] if part else record)[name] = value
+    (reference / "run.json").write_text(json.dumps(record))
+    run("--resume", reference, "--epochs", 3, status=2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n{}\n", b"{}\n{}\n", b"[1]\n[2]\n"])
+def test_resume_refuses_metrics_that_are_none(reference, capsys, content):
+    (reference / "seed-1" / "fold-1" / "metrics.jsonl").write_bytes(content)
+    run("--resume", reference, status=2)
+    error = capsys.readouterr().err
+    assert "line 1 is not a row of metrics; remove the file: --resume writes it anew" in error and error.count("\n") == 1
 
 
 def damaged(path: Path, kind: str) -> None:
@@ -545,17 +574,23 @@ def damaged(path: Path, kind: str) -> None:
         torch.save({**content, "format": 99}, path)
     elif kind == "code":
         torch.save({**content, "epoch": Path("x")}, path)
+    elif kind == "best":
+        shutil.copy(path.with_name("best.pt"), path)
+    elif kind == "another fold":
+        shutil.copy(path.parents[1] / "fold-3" / "last.pt", path)
 
 
 @pytest.mark.parametrize("kind, words", [
     ("truncated", "cannot be read as a checkpoint"), ("another program's", "is not a checkpoint of this program"),
     ("another version", "has checkpoint format 99, expected 1"), ("code", "holds more than tensors and plain values"),
+    ("best", "holds no optimizer state"), ("another fold", "was trained with fold 3, the run has 1"),
 ])
 def test_resume_refuses_a_damaged_checkpoint(reference, capsys, kind, words):
     damaged(reference / "seed-1" / "fold-1" / "last.pt", kind)
     run("--resume", reference, "--epochs", 3, status=2)
     error = capsys.readouterr().err
     assert "last.pt" in error and words in error and error.count("\n") == 1
+    assert "remove it, and --resume begins this training anew" in error
 
 
 def test_a_second_process_on_one_training_is_refused(root, tmp_path, capsys):
@@ -584,6 +619,39 @@ def test_commands_join_one_run_folder_with_folds_of_their_own(root, tmp_path, ca
     run("--data", root, "--run-dir", run_dir, "--fold", 1, "--seed", 1, "--epochs", 2, "--views", 2, "--batch-size", 4,
         status=2)
     assert "seed 1 fold 1 has begun there; go on with --resume" in capsys.readouterr().err
+
+
+def test_a_folder_with_trainings_but_no_record_is_refused(root, reference, capsys):
+    (reference / "run.json").unlink()
+    run("--data", root, "--run-dir", reference, "--fold", 1, "--seed", 1, status=2)
+    assert "seed 1 fold 1 has begun there; go on with --resume" in capsys.readouterr().err
+
+
+def test_commands_with_another_precision_do_not_join(root, reference, capsys):
+    record = json.loads((reference / "run.json").read_text())
+    there = "fp32" if record["precision"] == "bf16" else "bf16"
+    (reference / "run.json").write_text(json.dumps({**record, "precision": there}))
+    run("--data", root, "--run-dir", reference, "--fold", 2, "--epochs", 2, "--views", 2, "--batch-size", 4, status=2)
+    assert re.search(f"--precision {record['precision']}: the run in .* has {there}", capsys.readouterr().err)
+
+
+def test_a_run_dir_that_cannot_be_made_is_refused(root, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run("--data", root, "--run-dir", tmp_path / "file", status=2)
+    assert "file: cannot be made (File exists); name another folder" in capsys.readouterr().err
+
+
+def test_pretrained_weights_that_cannot_be_read_are_refused_before_a_folder_is_made(root, tmp_path, capsys):
+    run("--data", root, "--model", "resnet18", "--pretrained", tmp_path / "none.pth", "--run-dir", tmp_path / "run", status=2)
+    assert "none.pth: cannot be read as a file of tensors" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_rerun_compares_what_is_there(reference, tmp_path, capsys):
+    shutil.rmtree(reference / "seed-2" / "fold-3")
+    run("--rerun", reference, "--run-dir", tmp_path / "again")
+    out = capsys.readouterr().out
+    assert f"seed-2/fold-3: cannot be compared, there is no {reference}/seed-2/fold-3/last.pt" in out
+    assert "not identical" in out
 
 
 def test_rerun_is_identical_and_says_so(reference, tmp_path, capsys):

@@ -1,0 +1,157 @@
+"""The command line of training.py: its flags, their defaults, and what cannot be meant by them."""
+import argparse
+import math
+from pathlib import Path
+
+import models
+import runs
+from dsets import UserError
+
+RECIPES = {  # the write-up's of 2023; its batch size is not known: this one was measured (README)
+    "blog": {"epochs": 40, "batch_size": 32, "lr": 3e-4, "weight_decay": 1e-3, "views": 5},
+}
+DEFAULTS = {"comment": "", "data": "data/ESC-50", "download": False, "demo": False, "esc10": False, "model": "cnn8",
+            "pretrained": None, "fold": ["1"], "seed": [42], "recipe": "blog", "device": "auto", "precision": "auto",
+            "compile": False, "run_dir": None, "tb_prefix": "CNN"}
+DEMO = {"data": "data/demo", "epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
+WHERE_ONLY = {"comment", "data", "download", "run_dir", "tb_prefix"}  # these change no figure
+
+
+def number(kind, low, high):
+    """An argparse type: `kind` (int or float) from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # nan is never
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}")
+        return value
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="training.py", allow_abbrev=False, description="Teach a convolutional network to recognise environmental "
+        "sounds (ESC-50) and report how well it does.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
+    blog = RECIPES["blog"]
+    parser.add_argument("comment", nargs="?", help="a word or two that name the run's folder")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help=f"the ESC-50 folder (default {DEFAULTS['data']})")
+    data.add_argument("--download", action="store_true", help="fetch ESC-50 into --data first, if it is not there whole")
+    data.add_argument("--demo", action="store_true",
+                      help=f"train on synthetic sounds, written once to {DEMO['data']}; changes the defaults to --epochs "
+                           f"{DEMO['epochs']} --views {DEMO['views']} --batch-size {DEMO['batch_size']} "
+                           f"--lr {DEMO['lr']:g}")
+    data.add_argument("--esc10", action="store_true", help="only the ten classes of ESC-10")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=list(models.MODELS), help=f"the network (default {DEFAULTS['model']})")
+    model.add_argument("--pretrained", metavar="{imagenet,PATH}",
+                       help="start resnet18 from torchvision's ImageNet weights or a file of them (default: from scratch)")
+    experiment = parser.add_argument_group("experiment")
+    experiment.add_argument("--fold", nargs="+", metavar="K",
+                            help="validation fold, one training each: one, several, or all (default 1)")
+    experiment.add_argument("--seed", nargs="+", type=number(int, 0, 2 ** 63 - 1), metavar="S",
+                            help="seed, one training each: one or several (default 42)")
+    experiment.add_argument("--recipe", choices=list(RECIPES),
+                            help="the defaults of the flags below; a flag beside it wins (default blog)")
+    experiment.add_argument("--epochs", type=number(int, 1, 10 ** 6), metavar="N", help=f"(default {blog['epochs']})")
+    experiment.add_argument("--batch-size", type=number(int, 1, 10 ** 6), metavar="N",
+                            help=f"examples a step (default {blog['batch_size']})")
+    experiment.add_argument("--lr", type=number(float, 0, 1e3), metavar="X",
+                            help=f"Adam's learning rate (default {blog['lr']:g})")
+    experiment.add_argument("--weight-decay", type=number(float, 0, 1e3), metavar="X",
+                            help=f"L2 penalty (default {blog['weight_decay']:g})")
+    experiment.add_argument("--views", type=number(int, 1, 1000), metavar="N",
+                            help=f"examples of each training clip an epoch: one random crop, the others also masked "
+                                 f"(default {blog['views']})")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"],
+                         help="auto takes a GPU if there is one (default auto)")
+    machine.add_argument("--precision", choices=["auto", "fp32", "bf16"],
+                         help="auto takes bf16 where the hardware multiplies it (default auto)")
+    machine.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
+    output = parser.add_argument_group("output")
+    output.add_argument("--run-dir", metavar="DIR", help="the run's folder (default runs/<tb-prefix>/<time>_<comment>)")
+    output.add_argument("--tb-prefix", metavar="NAME", help=f"folder of runs for TensorBoard (default {DEFAULTS['tb_prefix']})")
+    again = parser.add_argument_group("again")
+    again.add_argument("--resume", metavar="RUN_DIR", help="do what is missing of that run, then print its table; "
+                                                          "--epochs may be raised, --data say where the data is now")
+    again.add_argument("--rerun", metavar="RUN_DIR", help="run that experiment again in a new folder and compare, to "
+                                                         "the last bit; --data, --device, --precision may differ")
+
+    def refuse(message: str):
+        raise UserError(f"{message}; --help lists the flags")
+    parser.error = refuse  # one line, without the usage
+    return parser
+
+
+def parse_flags(argv: list[str]) -> tuple[dict, dict]:
+    """All flags with their values, and those that were given. Raises UserError for what cannot be meant.
+
+    With --resume or --rerun, the flags are those of the recorded run.
+    """
+    given = {name: value for name, value in vars(build_parser().parse_args(argv)).items()
+             if value is not None and value is not False}
+    for name, value in given.items():
+        if value == "" and name != "comment":
+            raise UserError(f"{flag_of(name)}: is empty; give it a value, or leave it out")
+    if "resume" in given and "rerun" in given:
+        raise UserError("--rerun: runs anew, --resume goes on; leave one of them out")
+    for again in ("resume", "rerun"):
+        if again in given:
+            return recorded_flags(again, given), given
+    recipe = RECIPES[given.get("recipe", DEFAULTS["recipe"])]
+    demo = DEMO if "demo" in given else {}
+    flags = {**DEFAULTS, **recipe, **demo, **(recipe if "recipe" in given else {}), **given}
+    if flags["demo"] and flags["download"]:
+        raise UserError("--download: fetches ESC-50, --demo writes sounds of its own; leave one of them out")
+    if flags["pretrained"] and flags["model"] != "resnet18":
+        raise UserError(f"--pretrained: there are weights for resnet18 alone, not for {flags['model']}; "
+                        f"add --model resnet18")
+    for name in ("comment", "tb_prefix"):
+        if set(flags[name]) & set('/\\:*?"<>|') or not flags[name].isprintable() or flags[name] in (".", ".."):
+            raise UserError(f"{flag_of(name)} {flags[name]!r}: names a folder, expected printable letters and no "
+                            f"/ \\ : * ? \" < > |")
+    flags["seed"] = list(dict.fromkeys(flags["seed"]))  # each once, in the order given
+    return flags, given
+
+
+def flag_of(name: str) -> str:
+    """The flag as the user writes it."""
+    return name if name == "comment" else "--" + name.replace("_", "-")
+
+
+def recorded_flags(again: str, given: dict) -> dict:
+    """The flags of the run that --resume or --rerun names.
+
+    Raises UserError for a given one that would change the results, and for a record with a flag that cannot be.
+    """
+    run_dir = Path(given[again])
+    record = runs.read_run(run_dir)
+    known = {**DEFAULTS, **RECIPES[DEFAULTS["recipe"]]}
+    flags = {**known, **record["flags"]}
+    for name in sorted(known):
+        if flags[name] is None and known[name] is not None:
+            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value")
+    argv = []  # as if they had been given: what is wrong with them is found where it always is
+    for name, value in flags.items():
+        if name != "comment" and value not in (None, False, ""):
+            argv += [flag_of(name), *([] if value is True else value if isinstance(value, list) else [value])]
+    try:
+        parsed = vars(build_parser().parse_args(list(map(str, argv))))
+    except UserError as error:
+        raise UserError(f"{run_dir / 'run.json'}: {error}") from error
+    flags |= {name: parsed[name] for name in flags if name != "comment" and parsed[name] is not None}
+    flags["data"] = record["data"]["root"]
+    if again == "rerun":
+        flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}
+    may_differ = {"resume": {"data", "epochs"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
+    for name, value in given.items():
+        if again == "resume" and name == "epochs" and value < flags["epochs"]:
+            raise UserError(f"--epochs {value}: the run has {flags['epochs']}; with --resume it may only be raised")
+        if name != again and name not in may_differ and value != flags.get(name):
+            raise UserError(f"{flag_of(name)}: cannot be changed with --{again} (the run has {flags.get(name)}); leave it "
+                            f"out, or start a new run")
+    return flags | {name: value for name, value in given.items() if name in may_differ}
