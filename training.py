@@ -284,7 +284,8 @@ def run(argv: list[str], progress: dict) -> None:
             runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
         record = old
     else:
-        start_model(flags, len(dataset.classes), 0, 0)  # refuses --pretrained weights before a folder is made
+        if flags["pretrained"]:
+            start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
         run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
         record = runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY)
     progress["run_dir"] = run_dir
