@@ -157,9 +157,13 @@ def test_pretrained_imagenet_comes_through_torch_hub(tmp_path, monkeypatch):
     model = models.build_model("resnet18")
     models.load_pretrained(model, "imagenet")
     assert torch.equal(model.bn1.weight, imagenet_like_state()["bn1.weight"])
-    monkeypatch.setattr(models, "IMAGENET_URL", (tmp_path / "resnet18-00000000.pth").as_uri())
-    with pytest.raises(ValueError, match="^--pretrained imagenet: cannot be read as a file of tensors"):
-        models.load_pretrained(model, "imagenet")
+    for name, words in (("resnet18-11111111.pth", "cannot be fetched from .*; check the connection"),
+                        ("resnet18-00000000.pth", "cannot be read as a file of tensors .invalid hash value")):
+        if name == "resnet18-00000000.pth":
+            published.rename(tmp_path / name)  # its digest is another
+        monkeypatch.setattr(models, "IMAGENET_URL", (tmp_path / name).as_uri())
+        with pytest.raises(ValueError, match=f"^--pretrained imagenet: {words}"):
+            models.load_pretrained(model, "imagenet")
 
 
 class Malicious:
