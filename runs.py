@@ -178,6 +178,11 @@ def locked(folder: Path):
         lock.release()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     def write(part: Path) -> None:
         with open(part, "wb") as file:
@@ -197,8 +202,8 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
-        reason = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else \
-            (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) \
+            else first_line(error)
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
         raise UserError(f"{path}: is not a checkpoint of this program")

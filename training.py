@@ -256,13 +256,15 @@ def add_scalars(board: SummaryWriter, row: dict, examples_per_epoch: int) -> Non
 def run(argv: list[str], progress: dict) -> None:
     """Everything the command does. progress["run_dir"] is set once there is a run that --resume can go on with."""
     flags, given = cli.parse_flags(argv)
-    old = runs.read_run(Path(given["resume"])) if "resume" in given else None
-    progress["run_dir"] = Path(given["resume"]) if old else None
+    again = given.get("resume") or given.get("rerun")
+    recorded = runs.read_run(Path(again)) if again else None
+    old = recorded if "resume" in given else None
+    progress["run_dir"] = Path(again) if old else None
     device = choose_device(old["device"] if old else flags["device"])
     precision = old["precision"] if old else choose_precision(flags["precision"], device)
     make_deterministic()
-    if old or "rerun" in given:
-        torch.set_num_threads(runs.read_run(Path(given.get("resume") or given["rerun"]))["hardware"]["threads"])
+    if recorded:
+        torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
 
     root = Path(flags["data"])
     if flags["demo"]:
@@ -278,7 +280,7 @@ def run(argv: list[str], progress: dict) -> None:
               "data": {"root": str(root.resolve()), "clips": len(dataset), "classes": dataset.classes,
                        "fingerprint": dataset.fingerprint()}}
     if old:
-        run_dir = Path(given["resume"])
+        run_dir = Path(again)
         runs.refuse_other_data_or_versions(run_dir, old, record)
         if flags["epochs"] != old["flags"]["epochs"]:
             runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
@@ -308,7 +310,7 @@ def run(argv: list[str], progress: dict) -> None:
     summary = runs.update_summary(run_dir, flags["epochs"])
     print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
     if "rerun" in given:
-        print("\n".join(["", f"compared with {given['rerun']}:", *runs.compare_runs(Path(given["rerun"]), run_dir)]))
+        print("\n".join(["", f"compared with {again}:", *runs.compare_runs(Path(again), run_dir)]))
 
 
 def make_deterministic() -> None:
@@ -343,11 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         message = "--batch-size: the memory does not hold it; choose a smaller one"
     except RuntimeError as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "allocate memory" in str(error):  # how torch's CPU allocator says it
             message = "--batch-size: the memory does not hold it; choose a smaller one"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile: torch cannot compile here ({first}); leave it out"
+            message = f"--compile: torch cannot compile here ({runs.first_line(error)}); leave it out"
         else:
             raise
     except Interrupted as interruption:
