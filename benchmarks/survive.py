@@ -2,8 +2,8 @@
 
     python benchmarks/survive.py [--runs 100] [--kills 3] [--seed 0]
 
-Every run is killed up to --kills times, at moments drawn uniformly over the length of a run, resumed until it is
-done, and compared with a run that was never killed: weights, metrics (times aside), summary. Odd runs in bf16, even
+Every run is killed up to --kills times, each time at a moment drawn uniformly from the next half of a run's length,
+resumed until it is done, and compared with a run that was never killed: weights, metrics (times aside), summary. Odd runs in bf16, even
 ones in fp32. Exit status 1 if an epoch was lost or a bit differs. Needs fork (Linux, macOS): a process that has
 imported everything already is killed in the program itself, not in its imports.
 """
@@ -122,7 +122,7 @@ def main() -> int:
                     "--data", str(base / "root"), "--precision", precision, "--run-dir", str(run_dir), *FLAGS]
                 pid = start(log, training.main, flags)
                 counts["resumes"] += begun
-                status = wait(pid, rng.uniform(0, seconds[precision])) if kills < args.kills else wait(pid)
+                status = wait(pid, rng.uniform(0, seconds[precision] / 2)) if kills < args.kills else wait(pid)
                 if status is None:
                     os.kill(pid, signal.SIGKILL)
                     wait(pid)
