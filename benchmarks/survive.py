@@ -3,8 +3,8 @@
     python benchmarks/survive.py [--runs 100] [--kills 3] [--seed 0]
 
 Every run is killed up to --kills times, each time at a moment drawn uniformly from the next half of a run's length,
-resumed until it is done, and compared with a run that was never killed: weights, metrics (times aside), summary. Odd runs in bf16, even
-ones in fp32. Exit status 1 if an epoch was lost or a bit differs. Needs fork (Linux, macOS): a process that has
+resumed until it is done, and compared with a run that was never killed: weights, metrics (times aside), summary. Odd
+runs in bf16, even ones in fp32. Exit status 1 if an epoch was lost or a bit differs. Needs fork (Linux, macOS): a process that has
 imported everything already is killed in the program itself, not in its imports.
 """
 import argparse
