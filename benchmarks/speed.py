@@ -1,0 +1,353 @@
+"""How fast, beside what a user would do instead: one command, a table and a JSON file.
+
+    python benchmarks/speed.py [--data DIR] [--device cpu] [--repeat 5] [--json speed.json]
+
+1. features      WAV -> dB mel-spectrogram, clips/s: ours; torchaudio's transform clip by clip; librosa
+2. training      examples/s of each network: ours; the plain loop (a Dataset that decodes, transforms, crops and masks
+                 each item, a DataLoader with a worker a core, fp32, contiguous); and the share of the machine's
+                 matrix-multiply rate (2048 x 2048, same precision) that our step attains
+3. first step    seconds from the command to the first training step, with and without cached features
+4. one clip      milliseconds from a file to its five likeliest classes
+5. growth        examples/s and peak memory at 400, 2000 and 20 000 clips of random features
+
+All candidates take turns in one process and on the same clips; figures are medians, with the least and the greatest
+beside them, and ratios are medians of the ratios of neighbouring turns. --data: an ESC-50 root (default data/demo,
+which `python training.py --demo` writes). With --device cuda, a sixth row: the `blog` recipe's 40 epochs of 8000
+examples, on random features of ESC-50's size.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import librosa
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
+import dsets
+import models
+import runs
+import training
+
+BATCH_SIZE = cli.RECIPES["blog"]["batch_size"]
+
+
+class Turns:
+    """Rates (or times) of several candidates that took turns."""
+
+    def __init__(self, candidates: dict, repeat: int):
+        self.values = {name: [] for name in candidates}
+        for turn in range(repeat + 1):
+            for name, measure in candidates.items():
+                value = measure()
+                if turn:  # the first turn warms up
+                    self.values[name].append(value)
+
+    def row(self, name: str) -> dict:
+        values = self.values[name]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    def ratio(self, name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(self.values[name], self.values[other]))
+
+
+def seconds_of(function) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+# --- 1. features ------------------------------------------------------------------------------------------------------
+
+def measure_features(root: Path, repeat: int, clips: int) -> dict:
+    table = dsets.read_table(root).head(clips)
+    paths = [root / "audio" / name for name in table["filename"]]
+    mel = torchaudio.transforms.MelSpectrogram(44_100, 2048, hop_length=512, n_mels=128, f_min=0, f_max=8000)
+    to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            dsets.compute_features(root, table, Path(folder) / "logmel.npy", progress=False)
+
+    def by_torchaudio():
+        for path in paths:
+            samples, _ = soundfile.read(path, dtype="float32")
+            to_db(mel(torch.from_numpy(samples)[None]))
+
+    def by_librosa():
+        for path in paths:
+            samples, _ = librosa.load(path, sr=44_100)
+            power = librosa.feature.melspectrogram(y=samples, sr=44_100, n_fft=2048, hop_length=512, n_mels=128, fmin=0,
+                                                   fmax=8000, htk=True, norm=None, pad_mode="reflect")
+            librosa.power_to_db(power, top_db=80)
+
+    candidates = {"ours": ours, "torchaudio clip by clip": by_torchaudio, "librosa": by_librosa}
+    turns = Turns({name: lambda function=function: len(paths) / seconds_of(function)
+                   for name, function in candidates.items()}, repeat)
+    return {**{name: turns.row(name) for name in candidates},
+            "ours / librosa": turns.ratio("ours", "librosa"),
+            "ours / torchaudio": turns.ratio("ours", "torchaudio clip by clip")}
+
+
+# --- 2. training ------------------------------------------------------------------------------------------------------
+
+class PlainDataset(torch.utils.data.Dataset):
+    """What a user would write: every item decoded, transformed, cropped and masked when it is asked for."""
+
+    def __init__(self, dataset: dsets.ESC50, indices: torch.Tensor, views: int):
+        self.dataset, self.indices, self.views = dataset, indices.repeat_interleave(views), views
+        self.mel = torchaudio.transforms.MelSpectrogram(44_100, 2048, hop_length=512, n_mels=128, f_min=0, f_max=8000)
+        self.to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
+        self.masks = [torchaudio.transforms.FrequencyMasking(dsets.MAX_MASK_MELS),
+                      torchaudio.transforms.TimeMasking(dsets.MAX_MASK_FRAMES)] * 2
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, item):
+        index = int(self.indices[item])
+        samples, _ = soundfile.read(self.dataset.root / "audio" / self.dataset.table["filename"][index], dtype="float32")
+        feature = (self.to_db(self.mel(torch.from_numpy(samples)[None])) + 10) / 20
+        low, first = np.random.randint(29), np.random.randint(48)
+        feature = feature[:, low:low + 100, first:first + 384]
+        if item % self.views:
+            for mask in self.masks:
+                feature = mask(feature)
+        return feature, int(self.dataset.targets[index])
+
+
+def measure_training(root: Path, repeat: int, device: torch.device, steps: int) -> dict:
+    dataset = dsets.ESC50(root)
+    clips, _ = dataset.split(dataset.folds[0])
+    stats = dataset.statistics(clips)
+    precision = training.choose_precision("auto", device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    results = {"precision": precision, "batch size": BATCH_SIZE}
+    for name in models.MODELS:
+        fast = models.build_model(name).to(device, memory_format=torch.channels_last)
+        plain = models.build_model(name).to(device)
+        fast_optimizer = torch.optim.Adam(fast.parameters(), 3e-4, weight_decay=1e-3, fused=True)
+        plain_optimizer = torch.optim.Adam(plain.parameters(), 3e-4, weight_decay=1e-3)
+
+        def ours() -> float:
+            batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1,
+                                             epoch=1, device=device)
+            begin = time.perf_counter()
+            taken = (next(batches) for _ in range(steps))
+            training.train_epoch(fast, fast_optimizer, taken, steps, device, precision)
+            return steps * BATCH_SIZE / (time.perf_counter() - begin)
+
+        def plain_loop() -> float:
+            loader = torch.utils.data.DataLoader(PlainDataset(dataset, clips, 5), BATCH_SIZE, shuffle=True,
+                                                 num_workers=os.cpu_count(), drop_last=True)
+            plain.train()
+            batches = iter(loader)
+            next(batches)  # the workers' start is not counted
+            begin = time.perf_counter()
+            for _ in range(steps):
+                examples, targets = next(batches)
+                loss = F.cross_entropy(plain(examples.to(device)), targets.to(device))
+                plain_optimizer.zero_grad()
+                loss.backward()
+                plain_optimizer.step()
+                loss.item()
+            return steps * BATCH_SIZE / (time.perf_counter() - begin)
+
+        def matmul() -> float:
+            a = torch.randn(2048, 2048, dtype=dtype, device=device)
+            synchronise(device)
+            begin = time.perf_counter()
+            for _ in range(8):
+                a @ a
+            synchronise(device)
+            return 8 * 2 * 2048 ** 3 / (time.perf_counter() - begin)
+
+        with FlopCounterMode(display=False) as flops:
+            F.cross_entropy(fast(torch.zeros(1, 1, 100, 384, device=device)),
+                            torch.zeros(1, dtype=torch.long, device=device)).backward()
+        turns = Turns({"matmul": matmul, "ours": ours, "plain loop": plain_loop}, repeat)
+        results[name] = {"ours": turns.row("ours"), "plain loop": turns.row("plain loop"),
+                         "ours / plain loop": turns.ratio("ours", "plain loop"), "matmul FLOP/s": turns.row("matmul"),
+                         "share of matmul": turns.ratio("ours", "matmul") * flops.get_total_flops()}
+    return results
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- 3. to the first step ---------------------------------------------------------------------------------------------
+
+FIRST_STEP = """
+import os, sys
+import training
+def stop(*arguments):
+    os._exit(0)
+training.forward = stop
+training.main(sys.argv[1:])
+"""
+
+
+def measure_first_step(root: Path, repeat: int) -> dict:
+    """Whole processes, from their start to where the first batch reaches the network."""
+    def start() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds_of(lambda: subprocess.run(
+                [sys.executable, "-c", FIRST_STEP, "--data", str(root), "--run-dir", folder + "/run"],
+                cwd=Path(training.__file__).parent, stdout=subprocess.DEVNULL, check=True))
+
+    def cold() -> float:
+        for path in (root / "features").glob("logmel-*"):
+            path.unlink()
+        return start()
+
+    def imports() -> float:
+        return seconds_of(lambda: subprocess.run([sys.executable, "-c", "import training"], check=True,
+                                                 cwd=Path(training.__file__).parent))
+
+    turns = Turns({"cold": cold, "cached": start, "imports alone": imports}, repeat)
+    return {name: turns.row(name) for name in turns.values} | {"clips": len(dsets.read_table(root))}
+
+
+# --- 4. one clip ------------------------------------------------------------------------------------------------------
+
+def measure_one_clip(root: Path, count: int = 200) -> dict:
+    log_mel, model = dsets.LogMel(), models.build_model("cnn8").eval()
+    paths = [root / "audio" / name for name in dsets.read_table(root)["filename"]]
+    corners = dsets.centre_crops(1)
+    times = []
+    with torch.inference_mode():
+        for i in range(count + 10):
+            begin = time.perf_counter()
+            features = log_mel(dsets.load_waveform(paths[i % len(paths)])[None])
+            examples = dsets.normalise(dsets.crop(features, torch.zeros(1, dtype=torch.long), corners), -10.0, 20.0)
+            model(examples).softmax(dim=1).topk(5)
+            times.append(1000 * (time.perf_counter() - begin))
+    times = sorted(times[10:])
+    return {"median ms": statistics.median(times), "99th percentile ms": times[int(0.99 * len(times))]}
+
+
+# --- 5. growth --------------------------------------------------------------------------------------------------------
+
+GROWTH = """
+import resource, sys, time
+from types import SimpleNamespace
+import numpy, torch
+import dsets, models, training
+path, steps, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
+count = len(features)
+dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50)
+device = torch.device("cpu")
+precision = training.choose_precision("auto", device)
+model = models.build_model("cnn8").to(memory_format=torch.channels_last)
+optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
+batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
+                                 epoch=1, device=device)
+training.train_epoch(model, optimizer, (next(batches) for _ in range(5)), 5, device, precision)
+begin = time.perf_counter()
+training.train_epoch(model, optimizer, (next(batches) for _ in range(steps)), steps, device, precision)
+seconds = time.perf_counter() - begin
+print(steps * batch_size / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def measure_growth(repeat: int, steps: int, sizes: tuple[int, ...] = (400, 2000, 20_000)) -> dict:
+    """cnn8's examples/s and peak resident memory (MB) on random features of so many clips, each in a fresh process."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for size in sizes:
+            features = np.lib.format.open_memmap(f"{folder}/{size}.npy", "w+", np.float32, (size, 1, 128, dsets.FRAMES))
+            for index in range(size):
+                features[index] = np.random.default_rng(index).standard_normal((1, 128, dsets.FRAMES), np.float32)
+            features.flush()
+        memory = {}
+
+        def measure(size: int) -> float:
+            done = subprocess.run([sys.executable, "-c", GROWTH, os.path.abspath(f"{folder}/{size}.npy"), str(steps),
+                                   str(BATCH_SIZE)], cwd=Path(training.__file__).parent, capture_output=True, text=True,
+                                  check=True)
+            rate, memory[size] = map(float, done.stdout.split())
+            return rate
+
+        turns = Turns({size: lambda size=size: measure(size) for size in sizes}, repeat)
+        return {f"{size} clips": {**turns.row(size), "peak MB": memory[size]} for size in sizes}
+
+
+# --- 6. the whole recipe, on a GPU ------------------------------------------------------------------------------------
+
+def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: int = 1600) -> dict:
+    """Seconds of the `blog` recipe's epochs on random features of ESC-50's training folds, without validation."""
+    generator = torch.Generator(device).manual_seed(0)
+    dataset = SimpleNamespace(features=torch.randn(clips, 1, 128, dsets.FRAMES, device=device, generator=generator),
+                              rows=torch.arange(clips), targets=torch.arange(clips) % 50)
+    precision = training.choose_precision("auto", device)
+
+    def recipe(name: str) -> float:
+        model = models.build_model(name).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
+        begin = time.perf_counter()
+        for epoch in range(epochs):
+            batches = dsets.training_batches(dataset, torch.arange(clips), (0.0, 1.0), views=5, batch_size=BATCH_SIZE,
+                                             seed=1, fold=1, epoch=epoch, device=device)
+            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, device, precision)
+        return time.perf_counter() - begin
+
+    turns = Turns({name: lambda name=name: recipe(name) for name in models.MODELS}, repeat)
+    return {name: turns.row(name) for name in models.MODELS}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+def print_table(results: dict, indent: str = "") -> None:
+    for name, value in results.items():
+        if isinstance(value, dict) and "median" in value:
+            rest = "".join(f", {key} {number:,.0f}" for key, number in value.items() if key not in ("median", "min", "max"))
+            print(f"{indent}{name:<28}{value['median']:>14,.4g}   ({value['min']:,.4g} to {value['max']:,.4g}){rest}")
+        elif isinstance(value, dict):
+            print(f"{indent}{name}")
+            print_table(value, indent + "  ")
+        else:
+            print(f"{indent}{name:<28}{f'{value:>14,.4g}' if isinstance(value, (int, float)) else value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="data/demo", help="an ESC-50 root (default data/demo)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeat", type=int, default=5, help="counted turns (default 5)")
+    parser.add_argument("--clips", type=int, default=200, help="clips of row 1 (default 200)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps a turn in rows 2 and 5 (default 20)")
+    parser.add_argument("--json", default="speed.json", help="where the figures go (default speed.json)")
+    args = parser.parse_args()
+    root, device = Path(args.data).resolve(), torch.device(args.device)
+    training.make_deterministic()
+    results = runs.environment()
+    rows = [("features, clips/s", lambda: measure_features(root, args.repeat, args.clips)),
+            ("training, examples/s", lambda: measure_training(root, args.repeat, device, args.steps)),
+            ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
+            ("one clip to top 5", lambda: measure_one_clip(root)),
+            ("growth, examples/s", lambda: measure_growth(args.repeat, args.steps))]
+    if device.type == "cuda":
+        rows.append(("blog recipe, s", lambda: measure_recipe(args.repeat, device)))
+    for name, measure in rows:
+        results[name] = measure()
+        print_table({name: results[name]})
+        sys.stdout.flush()
+        dsets.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
