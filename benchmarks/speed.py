@@ -243,7 +243,8 @@ def measure_one_clip(root: Path, count: int = 200) -> dict:
 # --- 5. growth --------------------------------------------------------------------------------------------------------
 
 GROWTH = """
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
 from types import SimpleNamespace
 import numpy, torch
 import dsets, models, training
@@ -261,12 +262,14 @@ training.train_epoch(model, optimizer, (next(batches) for _ in range(5)), 5, dev
 begin = time.perf_counter()
 training.train_epoch(model, optimizer, (next(batches) for _ in range(steps)), steps, device, precision)
 seconds = time.perf_counter() - begin
-print(steps * batch_size / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# not getrusage: what it says of a child includes its parent
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+print(steps * batch_size / seconds, peak / 1024)
 """
 
 
 def measure_growth(repeat: int, steps: int, sizes: tuple[int, ...] = (400, 2000, 20_000)) -> dict:
-    """cnn8's examples/s and peak resident memory (MB) on random features of so many clips, each in a fresh process."""
+    """cnn8's examples/s and peak resident memory (MB; Linux) on random features of so many clips, in fresh processes."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for size in sizes:
             features = np.lib.format.open_memmap(f"{folder}/{size}.npy", "w+", np.float32, (size, 1, 128, dsets.FRAMES))
