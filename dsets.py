@@ -108,16 +108,18 @@ def load_waveform(path: str | Path) -> torch.Tensor:
         raise UserError(f"{path}: cannot be decoded as audio ({error})") from error
     if len(samples) == 0:
         raise UserError(f"{path}: holds no samples")
-    if not np.isfinite(samples).all():
+    peak = np.abs(samples).max()  # NaN if one of them is
+    if not np.isfinite(peak):
         raise UserError(f"{path}: holds samples that are not finite numbers")
-    if np.abs(samples).max() > MAX_AMPLITUDE:
-        raise UserError(f"{path}: holds samples as large as {np.abs(samples).max():.3g}, expected about 1 at most")
+    if peak > MAX_AMPLITUDE:
+        raise UserError(f"{path}: holds samples as large as {peak:.3g}, expected about 1 at most")
     mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]  # (frames, channels) -> (frames,)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
-    clip = np.zeros((1, CLIP_SAMPLES), dtype=np.float32)
-    clip[0, :len(mono)] = mono[:CLIP_SAMPLES]  # (frames,) -> (1, 220500)
-    return torch.from_numpy(clip)
+    mono = mono[:CLIP_SAMPLES]
+    if len(mono) < CLIP_SAMPLES:
+        mono = np.pad(mono, (0, CLIP_SAMPLES - len(mono)))
+    return torch.from_numpy(mono)[None]  # (220500,) -> (1, 220500)
 
 
 def read_table(root: str | Path) -> pd.DataFrame:
@@ -185,7 +187,7 @@ class LogMel(torch.nn.Module):
         spectrum = torch.stft(flat, MEL["n_fft"], MEL["hop_length"], window=self.window, center=True,
                               pad_mode="reflect", return_complex=True)  # -> (clips, 1025, frames)
         spectrum = spectrum[:, :self.num_bins]  # -> (clips, 372, frames)
-        power = spectrum.real.square() + spectrum.imag.square()
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         mel = self.filters @ power  # (128, 372) @ (clips, 372, frames) -> (clips, 128, frames)
         decibels = 10 * mel.clamp(min=POWER_FLOOR).log10()
         decibels = torch.maximum(decibels, decibels.amax(dim=(1, 2), keepdim=True) - TOP_DB)
@@ -272,19 +274,22 @@ def compute_features(root: Path, table: pd.DataFrame, path: Path, progress: bool
 
     def write_both(temporary: Path) -> None:
         features = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(names), 1, MEL["n_mels"], FRAMES))
-        if hasattr(os, "posix_fallocate"):  # take the room now: writing to a map of a full disk kills the process
-            with open(temporary, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        header_bytes, clip_bytes = features.offset, features[0].nbytes
+        del features  # written to as a file: cheaper than page by page, and a full disk is an error one can catch
 
         def compute_one(index: int) -> None:
             wav = root / "audio" / names[index]
             try:
                 with torch.inference_mode():
-                    features[index] = log_mel(load_waveform(wav)).numpy()
+                    feature = log_mel(load_waveform(wav)).numpy()  # (1, 128, 431)
                 with open(wav, "rb") as file:
                     digests[index] = hashlib.file_digest(file, "sha256").hexdigest()
             except (UserError, OSError) as error:
                 errors[index] = str(error)
+                return
+            with open(temporary, "rb+") as file:
+                file.seek(header_bytes + index * clip_bytes)
+                file.write(feature.tobytes())
 
         # One clip a thread: its spectrum stays in the processor's cache, which a batch's does not.
         threads = torch.get_num_threads()
@@ -295,7 +300,6 @@ def compute_features(root: Path, table: pd.DataFrame, path: Path, progress: bool
             torch.set_num_threads(threads)
         if any(errors):
             raise UserError(f"{first_ten(errors)}; mend or remove them, or fetch the data again (--download)")
-        features.flush()
         # the digests first: where there are features, they are there too
         write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(digests)))
 

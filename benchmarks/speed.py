@@ -1,6 +1,6 @@
 """How fast, beside what a user would do instead: one command, a table and a JSON file.
 
-    python benchmarks/speed.py [--data DIR] [--device cpu] [--repeat 5] [--json speed.json]
+    python benchmarks/speed.py [--data DIR] [--device cpu] [--repeat 5] [--rows 1 2 3 4 5] [--json speed.json]
 
 1. features      WAV -> dB mel-spectrogram, clips/s: ours; torchaudio's transform clip by clip; librosa
 2. training      examples/s of each network: ours; the plain loop (a Dataset that decodes, transforms, crops and masks
@@ -10,19 +10,23 @@
 4. one clip      milliseconds from a file to its five likeliest classes
 5. growth        examples/s and peak memory at 400, 2000 and 20 000 clips of random features
 
-All candidates take turns in one process and on the same clips; figures are medians, with the least and the greatest
-beside them, and ratios are medians of the ratios of neighbouring turns. --data: an ESC-50 root (default data/demo,
-which `python training.py --demo` writes). With --device cuda, a sixth row: the `blog` recipe's 40 epochs of 8000
-examples, on random features of ESC-50's size.
+All candidates take turns on the same clips, ours in a process that is set up as training.py does it, the others in this
+one, as a user's program would be. Figures are medians, with the least and the greatest beside them, and ratios are
+medians of the ratios of neighbouring turns. --data: an ESC-50 root (default data/demo, which
+`python training.py --demo` writes). With --device cuda, a sixth row: the `blog` recipe's 40 epochs of 8000 examples,
+on random features of ESC-50's size.
 """
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +67,12 @@ class Turns:
         return statistics.median(a / b for a, b in zip(self.values[name], self.values[other]))
 
 
+def as_training_py() -> None:
+    """How training.py sets a process up."""
+    training.make_deterministic()
+    training.keep_freed_memory()
+
+
 def seconds_of(function) -> float:
     begin = time.perf_counter()
     function()
@@ -71,15 +81,16 @@ def seconds_of(function) -> float:
 
 # --- 1. features ------------------------------------------------------------------------------------------------------
 
-def measure_features(root: Path, repeat: int, clips: int) -> dict:
+def our_features(root: Path, clips: int) -> float:
     table = dsets.read_table(root).head(clips)
-    paths = [root / "audio" / name for name in table["filename"]]
+    with tempfile.TemporaryDirectory() as folder:
+        return len(table) / seconds_of(lambda: dsets.compute_features(root, table, Path(folder) / "logmel.npy", False))
+
+
+def measure_features(own_process, root: Path, repeat: int, clips: int) -> dict:
+    paths = [root / "audio" / name for name in dsets.read_table(root).head(clips)["filename"]]
     mel = torchaudio.transforms.MelSpectrogram(44_100, 2048, hop_length=512, n_mels=128, f_min=0, f_max=8000)
     to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
-
-    def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            dsets.compute_features(root, table, Path(folder) / "logmel.npy", progress=False)
 
     def by_torchaudio():
         for path in paths:
@@ -93,10 +104,10 @@ def measure_features(root: Path, repeat: int, clips: int) -> dict:
                                                    fmax=8000, htk=True, norm=None, pad_mode="reflect")
             librosa.power_to_db(power, top_db=80)
 
-    candidates = {"ours": ours, "torchaudio clip by clip": by_torchaudio, "librosa": by_librosa}
-    turns = Turns({name: lambda function=function: len(paths) / seconds_of(function)
-                   for name, function in candidates.items()}, repeat)
-    return {**{name: turns.row(name) for name in candidates},
+    turns = Turns({"ours": lambda: own_process.submit(our_features, root, clips).result(),
+                   "torchaudio clip by clip": lambda: len(paths) / seconds_of(by_torchaudio),
+                   "librosa": lambda: len(paths) / seconds_of(by_librosa)}, repeat)
+    return {**{name: turns.row(name) for name in turns.values},
             "ours / librosa": turns.ratio("ours", "librosa"),
             "ours / torchaudio": turns.ratio("ours", "torchaudio clip by clip")}
 
@@ -128,26 +139,39 @@ class PlainDataset(torch.utils.data.Dataset):
         return feature, int(self.dataset.targets[index])
 
 
-def measure_training(root: Path, repeat: int, device: torch.device, steps: int) -> dict:
+@functools.cache
+def our_training(root: Path, name: str, device: torch.device, compiled: bool):
+    """A function of a number of steps that takes them as training.py does and returns examples/s."""
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
     stats = dataset.statistics(clips)
     precision = training.choose_precision("auto", device)
+    model = models.build_model(name).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
+    network = torch.compile(model) if compiled else model
+
+    def rate(steps: int) -> float:
+        batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1, epoch=1,
+                                         device=device)
+        begin = time.perf_counter()
+        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, device, precision)
+        return steps * BATCH_SIZE / (time.perf_counter() - begin)
+    return rate
+
+
+def our_rate(steps: int, *arguments) -> float:
+    return our_training(*arguments)(steps)
+
+
+def measure_training(own_process, root: Path, repeat: int, device: torch.device, steps: int) -> dict:
+    dataset = dsets.ESC50(root)
+    clips, _ = dataset.split(dataset.folds[0])
+    precision = training.choose_precision("auto", device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     results = {"precision": precision, "batch size": BATCH_SIZE}
     for name in models.MODELS:
-        fast = models.build_model(name).to(device, memory_format=torch.channels_last)
         plain = models.build_model(name).to(device)
-        fast_optimizer = torch.optim.Adam(fast.parameters(), 3e-4, weight_decay=1e-3, fused=True)
-        plain_optimizer = torch.optim.Adam(plain.parameters(), 3e-4, weight_decay=1e-3)
-
-        def ours() -> float:
-            batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1,
-                                             epoch=1, device=device)
-            begin = time.perf_counter()
-            taken = (next(batches) for _ in range(steps))
-            training.train_epoch(fast, fast_optimizer, taken, steps, device, precision)
-            return steps * BATCH_SIZE / (time.perf_counter() - begin)
+        optimizer = torch.optim.Adam(plain.parameters(), 3e-4, weight_decay=1e-3)
 
         def plain_loop() -> float:
             loader = torch.utils.data.DataLoader(PlainDataset(dataset, clips, 5), BATCH_SIZE, shuffle=True,
@@ -159,28 +183,33 @@ def measure_training(root: Path, repeat: int, device: torch.device, steps: int) 
             for _ in range(steps):
                 examples, targets = next(batches)
                 loss = F.cross_entropy(plain(examples.to(device)), targets.to(device))
-                plain_optimizer.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                plain_optimizer.step()
+                optimizer.step()
                 loss.item()
             return steps * BATCH_SIZE / (time.perf_counter() - begin)
 
         def matmul() -> float:
             a = torch.randn(2048, 2048, dtype=dtype, device=device)
+            product = torch.empty_like(a)
             synchronise(device)
             begin = time.perf_counter()
             for _ in range(8):
-                a @ a
+                torch.mm(a, a, out=product)
             synchronise(device)
             return 8 * 2 * 2048 ** 3 / (time.perf_counter() - begin)
 
         with FlopCounterMode(display=False) as flops:
-            F.cross_entropy(fast(torch.zeros(1, 1, 100, 384, device=device)),
+            F.cross_entropy(plain(torch.zeros(1, 1, 100, 384, device=device)),
                             torch.zeros(1, dtype=torch.long, device=device)).backward()
-        turns = Turns({"matmul": matmul, "ours": ours, "plain loop": plain_loop}, repeat)
-        results[name] = {"ours": turns.row("ours"), "plain loop": turns.row("plain loop"),
-                         "ours / plain loop": turns.ratio("ours", "plain loop"), "matmul FLOP/s": turns.row("matmul"),
-                         "share of matmul": turns.ratio("ours", "matmul") * flops.get_total_flops()}
+        ours = {f"ours{', --compile' if compiled else ''}": functools.partial(our_rate, steps, root, name, device, compiled)
+                for compiled in (False, True)}
+        turns = Turns({"matmul": matmul, "plain loop": plain_loop,
+                       **{key: lambda rate=rate: own_process.submit(rate).result() for key, rate in ours.items()}}, repeat)
+        results[name] = {"plain loop": turns.row("plain loop"), "matmul FLOP/s": turns.row("matmul")}
+        for key in ours:
+            results[name] |= {key: turns.row(key), f"{key} / plain loop": turns.ratio(key, "plain loop"),
+                              f"{key} / matmul": turns.ratio(key, "matmul") * flops.get_total_flops()}
     return results
 
 
@@ -253,6 +282,7 @@ features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
 count = len(features)
 dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50)
 device = torch.device("cpu")
+training.keep_freed_memory()
 precision = training.choose_precision("auto", device)
 model = models.build_model("cnn8").to(memory_format=torch.channels_last)
 optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
@@ -297,6 +327,7 @@ def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: i
     dataset = SimpleNamespace(features=torch.randn(clips, 1, 128, dsets.FRAMES, device=device, generator=generator),
                               rows=torch.arange(clips), targets=torch.arange(clips) % 50)
     precision = training.choose_precision("auto", device)
+    as_training_py()
 
     def recipe(name: str) -> float:
         model = models.build_model(name).to(device, memory_format=torch.channels_last)
@@ -333,19 +364,22 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="counted turns (default 5)")
     parser.add_argument("--clips", type=int, default=200, help="clips of row 1 (default 200)")
     parser.add_argument("--steps", type=int, default=20, help="training steps a turn in rows 2 and 5 (default 20)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="only these rows (default all)")
     parser.add_argument("--json", default="speed.json", help="where the figures go (default speed.json)")
     args = parser.parse_args()
     root, device = Path(args.data).resolve(), torch.device(args.device)
-    training.make_deterministic()
+    own_process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), as_training_py)
     results = runs.environment()
-    rows = [("features, clips/s", lambda: measure_features(root, args.repeat, args.clips)),
-            ("training, examples/s", lambda: measure_training(root, args.repeat, device, args.steps)),
+    rows = [("features, clips/s", lambda: measure_features(own_process, root, args.repeat, args.clips)),
+            ("training, examples/s", lambda: measure_training(own_process, root, args.repeat, device, args.steps)),
             ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
-            ("one clip to top 5", lambda: measure_one_clip(root)),
+            ("one clip to top 5", lambda: own_process.submit(measure_one_clip, root).result()),
             ("growth, examples/s", lambda: measure_growth(args.repeat, args.steps))]
     if device.type == "cuda":
         rows.append(("blog recipe, s", lambda: measure_recipe(args.repeat, device)))
-    for name, measure in rows:
+    for number, (name, measure) in enumerate(rows, start=1):
+        if number not in args.rows:
+            continue
         results[name] = measure()
         print_table({name: results[name]})
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -410,6 +411,22 @@ def test_another_seed_gives_other_weights(root, tmp_path):
     assert not same_weights(weights_of(run_dir, 1), weights_of(run_dir, 2))
     assert not same_weights(training.start_model({"model": "cnn8", "pretrained": None}, 2, 1, 1).state_dict(),
                             training.start_model({"model": "cnn8", "pretrained": None}, 2, 1, 2).state_dict())
+
+
+PAGE_FAULTS = """
+import resource, torch, training
+training.keep_freed_memory()
+for i in range(6):
+    torch.zeros(2 ** 26)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=PROGRAM.parent, capture_output=True, text=True, check=True)
+    faults = list(map(int, done.stdout.split()))
+    assert faults[5] - faults[3] < 100, "256 MB are 65 536 pages"
 
 
 def test_a_run_leaves_the_global_generators_alone(root, tmp_path):
