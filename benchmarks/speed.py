@@ -5,7 +5,7 @@
 1. features      WAV -> dB mel-spectrogram, clips/s: ours; torchaudio's transform clip by clip; librosa
 2. training      examples/s of each network: ours; the plain loop (a Dataset that decodes, transforms, crops and masks
                  each item, a DataLoader with a worker a core, fp32, contiguous); and the share of the machine's
-                 matrix-multiply rate (2048 x 2048, same precision) that our step attains
+                 matrix-multiply rate (2048 x 2048, same precision) that our step attains; where its time goes
 3. first step    seconds from the command to the first training step, with and without cached features
 4. one clip      milliseconds from a file to its five likeliest classes
 5. growth        examples/s and peak memory at 400, 2000 and 20 000 clips of random features
@@ -21,6 +21,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,22 @@ def our_rate(steps: int, *arguments) -> float:
     return our_training(*arguments)(steps)
 
 
+GROUPS = {"convolutions": "convolution", "matrix products": "mm", "batch normalisation": "batch_norm",
+          "ReLU, tanh": "clamp_min|threshold|tanh", "pooling": "pool", "casts, copies": "copy_|fill_",
+          "optimizer": "adam|Optimizer"}
+
+
+def our_profile(steps: int, *arguments) -> dict:
+    """Where our step's time goes: the operators' own times on the CPU, as shares."""
+    rate = our_training(*arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        rate(steps)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    shares = {group: sum(time for key, time in times.items() if re.search(pattern, key)) / sum(times.values())
+              for group, pattern in GROUPS.items()}
+    return shares | {"everything else": 1 - sum(shares.values())}
+
+
 def measure_training(own_process, root: Path, repeat: int, device: torch.device, steps: int) -> dict:
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
@@ -210,6 +227,8 @@ def measure_training(own_process, root: Path, repeat: int, device: torch.device,
         for key in ours:
             results[name] |= {key: turns.row(key), f"{key} / plain loop": turns.ratio(key, "plain loop"),
                               f"{key} / matmul": turns.ratio(key, "matmul") * flops.get_total_flops()}
+        if device.type == "cpu":
+            results[name]["share of the time"] = own_process.submit(our_profile, steps, root, name, device, False).result()
     return results
 
 
