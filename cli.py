@@ -5,7 +5,7 @@ from pathlib import Path
 
 import models
 import runs
-from dsets import UserError
+from recordings import UserError
 
 RECIPES = {  # the write-up's of 2023; its batch size is not known: this one was measured (README)
     "blog": {"epochs": 40, "batch_size": 32, "lr": 3e-4, "weight_decay": 1e-3, "views": 5},

@@ -18,8 +18,8 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
-from dsets import (CLIP_SAMPLES, NUM_CLASSES, NUM_FOLDS, SAMPLE_RATE, UserError, first_ten, in_threads, load_waveform,
-                   read_table, write_whole)
+from dsets import NUM_CLASSES, NUM_FOLDS, read_table
+from recordings import CLIP_SAMPLES, SAMPLE_RATE, UserError, first_ten, in_threads, load_waveform, write_whole
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
 MAX_UNPACKED_BYTES = 4 * 10 ** 9  # the published archive unpacks to 0.9 GB

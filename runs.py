@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import plots
-from dsets import UserError, write_whole
+from recordings import UserError, write_whole
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 ROW_KEYS = ("seed", "fold", "epoch", "phase", "loss", "accuracy", "precision", "recall", "f1", "seconds")

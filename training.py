@@ -30,7 +30,7 @@ import dsets
 import models
 import roots
 import runs
-from dsets import UserError
+from recordings import UserError
 
 
 class Interrupted(KeyboardInterrupt):

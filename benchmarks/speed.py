@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
 import dsets
 import models
+import recordings
 import runs
 import training
 
@@ -83,9 +84,9 @@ def seconds_of(function) -> float:
 # --- 1. features ------------------------------------------------------------------------------------------------------
 
 def our_features(root: Path, clips: int) -> float:
-    table = dsets.read_table(root).head(clips)
+    names = list(dsets.read_table(root)["filename"])[:clips]
     with tempfile.TemporaryDirectory() as folder:
-        return len(table) / seconds_of(lambda: dsets.compute_features(root, table, Path(folder) / "logmel.npy", False))
+        return len(names) / seconds_of(lambda: recordings.compute_features(root, names, Path(folder) / "logmel.npy", False))
 
 
 def measure_features(own_process, root: Path, repeat: int, clips: int) -> dict:
@@ -273,14 +274,14 @@ def measure_first_step(root: Path, repeat: int) -> dict:
 # --- 4. one clip ------------------------------------------------------------------------------------------------------
 
 def measure_one_clip(root: Path, count: int = 200) -> dict:
-    log_mel, model = dsets.LogMel(), models.build_model("cnn8").eval()
+    log_mel, model = recordings.LogMel(), models.build_model("cnn8").eval()
     paths = [root / "audio" / name for name in dsets.read_table(root)["filename"]]
     corners = dsets.centre_crops(1)
     times = []
     with torch.inference_mode():
         for i in range(count + 10):
             begin = time.perf_counter()
-            features = log_mel(dsets.load_waveform(paths[i % len(paths)])[None])
+            features = log_mel(recordings.load_waveform(paths[i % len(paths)])[None])
             examples = dsets.normalise(dsets.crop(features, torch.zeros(1, dtype=torch.long), corners), -10.0, 20.0)
             model(examples).softmax(dim=1).topk(5)
             times.append(1000 * (time.perf_counter() - begin))
@@ -402,7 +403,7 @@ def main() -> None:
         results[name] = measure()
         print_table({name: results[name]})
         sys.stdout.flush()
-        dsets.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+        recordings.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
 
 
 if __name__ == "__main__":
