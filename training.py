@@ -5,10 +5,8 @@
     python training.py --fold all    cross-validation
     python training.py --help        every flag and its default
 """
-import ctypes
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -17,7 +15,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # importing torch takes seconds: an interrupt then ends without a word, nothing is begun yet
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; before torch starts
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +24,7 @@ from tqdm import tqdm
 
 import cli
 import dsets
+import machine
 import models
 import roots
 import runs
@@ -56,27 +54,6 @@ def choose_folds(wanted: list, folds: list[int]) -> list[int]:
         if str(fold) not in map(str, folds):
             raise UserError(f"--fold {fold}: expected all alone, or some of {' '.join(map(str, folds))}, the folds of the data")
     return list(dict.fromkeys(int(fold) for fold in wanted))  # each once, in the order given
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of --device. Raises UserError if the machine does not have it."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available.get(name):
-        raise UserError(f"--device {name}: torch finds none here; expected one of "
-                        f"{', '.join(kind for kind, there in available.items() if there)}")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16; auto is bf16 only where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
@@ -262,10 +239,10 @@ def run(argv: list[str], progress: dict) -> None:
     recorded = runs.read_run(Path(again)) if again else None
     old = recorded if "resume" in given else None
     progress["run_dir"] = Path(again) if old else None
-    device = choose_device(old["device"] if old else flags["device"])
-    precision = old["precision"] if old else choose_precision(flags["precision"], device)
-    make_deterministic()
-    keep_freed_memory()
+    device = machine.choose_device(old["device"] if old else flags["device"])
+    precision = old["precision"] if old else machine.choose_precision(flags["precision"], device)
+    machine.make_deterministic()
+    machine.keep_freed_memory()
     if recorded:
         torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
 
@@ -314,28 +291,6 @@ def run(argv: list[str], progress: dict) -> None:
     print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
     if "rerun" in given:
         print("\n".join(["", f"compared with {again}:", *runs.compare_runs(Path(again), run_dir)]))
-
-
-def make_deterministic() -> None:
-    """Only algorithms that give the same bits every time, on the CPU and on CUDA."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-    torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the blocks that tensors free for the next ones, instead of giving them back to the system.
-
-    Otherwise each step gets its activations as fresh pages, 15 000 (cnn8) to 87 000 (cnn4) page faults a step on the
-    CPU. Nothing happens where the C library is another one.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    libc.mallopt(trim_threshold, 2 ** 31 - 1)
-    for size in (2 ** 25, 2 ** 30):  # the second is refused by glibc before 2.35, whose limit is the first
-        libc.mallopt(mmap_threshold, size)
 
 
 def remedy(progress: dict) -> str:

@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
 import dsets
+import machine
 import models
 import recordings
 import runs
@@ -71,8 +72,8 @@ class Turns:
 
 def as_training_py() -> None:
     """How training.py sets a process up."""
-    training.make_deterministic()
-    training.keep_freed_memory()
+    machine.make_deterministic()
+    machine.keep_freed_memory()
 
 
 def seconds_of(function) -> float:
@@ -147,7 +148,7 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
     stats = dataset.statistics(clips)
-    precision = training.choose_precision("auto", device)
+    precision = machine.choose_precision("auto", device)
     model = models.build_model(name).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
     network = torch.compile(model) if compiled else model
@@ -184,7 +185,7 @@ def our_profile(steps: int, *arguments) -> dict:
 def measure_training(own_process, root: Path, repeat: int, device: torch.device, steps: int) -> dict:
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
-    precision = training.choose_precision("auto", device)
+    precision = machine.choose_precision("auto", device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     results = {"precision": precision, "batch size": BATCH_SIZE}
     for name in models.MODELS:
@@ -296,14 +297,14 @@ import re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy, torch
-import dsets, models, training
+import dsets, machine, models, training
 path, steps, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
 count = len(features)
 dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50)
 device = torch.device("cpu")
-training.keep_freed_memory()
-precision = training.choose_precision("auto", device)
+machine.keep_freed_memory()
+precision = machine.choose_precision("auto", device)
 model = models.build_model("cnn8").to(memory_format=torch.channels_last)
 optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
 batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
@@ -346,7 +347,7 @@ def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: i
     generator = torch.Generator(device).manual_seed(0)
     dataset = SimpleNamespace(features=torch.randn(clips, 1, 128, dsets.FRAMES, device=device, generator=generator),
                               rows=torch.arange(clips), targets=torch.arange(clips) % 50)
-    precision = training.choose_precision("auto", device)
+    precision = machine.choose_precision("auto", device)
     as_training_py()
 
     def recipe(name: str) -> float:

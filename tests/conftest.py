@@ -8,6 +8,7 @@ import soundfile
 import torch
 
 import dsets
+import models
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "esc" / "audio"
 
@@ -29,6 +30,27 @@ def write_root(root: Path, num_classes: int = 4, folds: int = 3, clips: int = 2)
     table = pd.DataFrame(rows, columns=["filename", "fold", "target", "category", "esc10", "src_file", "take"])
     table.to_csv(root / "meta" / "esc50.csv", index=False)
     return root
+
+
+class Tiny(torch.nn.Module):
+    """A network small enough for a test, with batch statistics as the real ones have."""
+
+    def __init__(self, num_classes: int = 50):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 9, stride=8, bias=False)
+        self.bn = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4 * 12 * 47, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """cnn8 is tiny here; the deterministic switches are put back."""
+    monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

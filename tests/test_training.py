@@ -21,31 +21,12 @@ import dsets
 import models
 import runs
 import training
-from conftest import write_root
+from conftest import Tiny, write_root
+
+pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 
 CPU = torch.device("cpu")
 PROGRAM = Path(training.__file__)
-
-
-class Tiny(torch.nn.Module):
-    """A network small enough for a test, with batch statistics as the real ones have."""
-
-    def __init__(self, num_classes: int = 50):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(1, 4, 9, stride=8, bias=False)
-        self.bn = torch.nn.BatchNorm2d(4)
-        self.fc = torch.nn.Linear(4 * 12 * 47, num_classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """cnn8 is tiny here; the deterministic switches are put back."""
-    monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -414,8 +395,8 @@ def test_another_seed_gives_other_weights(root, tmp_path):
 
 
 PAGE_FAULTS = """
-import resource, torch, training
-training.keep_freed_memory()
+import resource, torch, machine
+machine.keep_freed_memory()
 for i in range(6):
     torch.zeros(2 ** 26)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

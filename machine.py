@@ -1,0 +1,52 @@
+"""What the machine has and how it is used: device, precision, deterministic algorithms, memory."""
+import ctypes
+import os
+import platform
+
+import torch
+
+from recordings import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device. Raises UserError if the machine does not have it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name):
+        raise UserError(f"--device {name}: torch finds none here; expected one of "
+                        f"{', '.join(kind for kind, there in available.items() if there)}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; auto is bf16 only where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def make_deterministic() -> None:
+    """Only algorithms that give the same bits every time, on the CPU and on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; read when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the blocks that tensors free for the next ones, instead of giving them back to the system.
+
+    Otherwise each step gets its activations as fresh pages, 15 000 (cnn8) to 87 000 (cnn4) page faults a step on the
+    CPU. Nothing happens where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    libc.mallopt(trim_threshold, 2 ** 31 - 1)
+    for size in (2 ** 25, 2 ** 30):  # the second is refused by glibc before 2.35, whose limit is the first
+        libc.mallopt(mmap_threshold, size)
