@@ -3,6 +3,7 @@
     run.json             flags, command line, git commit, versions, hardware, fingerprint of the data
     seed-S/fold-K/       one training, complete in itself; last.pt is its truth, all else follows from it
     summary.json         the finished trainings, their mean and standard deviation
+    confusion.png ...    of all finished trainings together
 
 Every file is written aside and renamed: whatever kills the program, a file is there whole or not at all.
 """
@@ -240,22 +241,34 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def write_results(folder: Path, history: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
+def write_results(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
                   classes: list[str]) -> Figure:
-    """What stands at the end of a training: metrics.jsonl, curves.png, confusion.png and, last, report.csv.
+    """curves.png, confusion.png and, last, report.csv (per class), of one training or of several together.
 
-    targets, predictions: class indices (N,) of the validation clips in the last epoch. Returns the confusion matrix's
-    figure.
+    rows: of metrics.jsonl; targets, predictions: class indices (N,) of the validation clips in the last epoch. Returns
+    the confusion matrix's figure.
     """
-    write_metrics(folder, history)
     labels = range(len(classes))
     confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=labels), classes)
-    for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(history))):
+    for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(rows))):
         write_whole(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
     precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
     report = pandas.DataFrame({"class": classes, "precision": precision, "recall": recall, "f1": f1, "clips": clips})
     write_whole(folder / "report.csv", lambda part: report.to_csv(part, index=False, float_format="%.4f"))
     return confusion
+
+
+def write_overall(run_dir: Path, trainings: list[dict], targets: dict[int, torch.Tensor], classes: list[str]) -> None:
+    """The same files over all finished trainings, if there are several: mean curves, pooled predictions.
+
+    trainings: of summary.json; targets: class indices (N,) of each fold's validation clips.
+    """
+    folders = [training_dir(run_dir, training["seed"], training["fold"]) for training in trainings]
+    if len(folders) < 2 or not all((folder / "last.pt").exists() for folder in folders):  # some user threw them away
+        return
+    predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
+    write_results(run_dir, [row for folder in folders for row in read_metrics(folder)],
+                  torch.cat([targets[training["fold"]] for training in trainings]), predictions, classes)
 
 
 def is_finished(folder: Path, epochs: int) -> bool:

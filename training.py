@@ -26,6 +26,7 @@ import cli
 import dsets
 import machine
 import models
+import plots
 import roots
 import runs
 from recordings import UserError
@@ -137,8 +138,9 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     for stale in folder.glob("events.out.tfevents.*"):
         stale.unlink()
     with SummaryWriter(str(folder)) as board:
+        board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
         for row in state["history"]:  # an interrupted run's events are written anew
-            add_scalars(board, row, examples_per_epoch)
+            add_scalars(board, row, flags, examples_per_epoch)
         for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
             batches = dsets.training_batches(
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
@@ -167,13 +169,17 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
                 runs.save_checkpoint(folder / "best.pt", checkpoint)
             runs.save_checkpoint(folder / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict()})
             runs.write_metrics(folder, state["history"])
-            add_scalars(board, train_row, examples_per_epoch)
-            add_scalars(board, row, examples_per_epoch)
+            add_scalars(board, train_row, flags, examples_per_epoch)
+            add_scalars(board, row, flags, examples_per_epoch)
             print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
                   f"{row_text(row)}", flush=True)
+        runs.write_metrics(folder, state["history"])
         confusion = runs.write_results(folder, state["history"], dataset.targets[validation], state["predictions"],
                                        dataset.classes)
         board.add_figure("confusion", confusion, flags["epochs"] * examples_per_epoch)
+        board.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in
+                           {**flags, "seed": seed, "fold": fold, "precision": precision}.items()},
+                          {f"final/{metric}": state["history"][-1][metric] for metric in runs.METRICS}, run_name=".")
 
 
 def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str) -> dict:
@@ -223,11 +229,24 @@ def row_text(row: dict) -> str:
             f"{100 * row['recall']:>6.1f} {100 * row['f1']:>6.1f} {row['seconds']:>6.1f}")
 
 
-def add_scalars(board: SummaryWriter, row: dict, examples_per_epoch: int) -> None:
+def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch: int) -> None:
     """A row's metrics over the number of examples seen, as the write-up plotted them."""
+    seen = row["epoch"] * examples_per_epoch
     for metric in runs.METRICS:
-        board.add_scalar(f"{metric}/{row['phase']}", row[metric], row["epoch"] * examples_per_epoch)
+        board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
+    if row["phase"] == "training":
+        board.add_scalar("learning rate", flags["lr"], seen)
+        board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
     board.flush()
+
+
+def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tuple[float, float], flags: dict, seed: int,
+                   fold: int):
+    """A picture of the first examples of the first epoch."""
+    examples, targets = next(dsets.training_batches(
+        dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
+        epoch=1, device=torch.device("cpu")))
+    return plots.examples_figure(examples.cpu().numpy(), [dataset.classes[target] for target in targets])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -288,6 +307,8 @@ def run(argv: list[str], progress: dict) -> None:
                 train(folder, dataset, flags, seed, fold, device, precision)
             runs.update_summary(run_dir, flags["epochs"])
     summary = runs.update_summary(run_dir, flags["epochs"])
+    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
+    runs.write_overall(run_dir, summary["trainings"], targets, dataset.classes)
     print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
     if "rerun" in given:
         print("\n".join(["", f"compared with {again}:", *runs.compare_runs(Path(again), run_dir)]))

@@ -14,11 +14,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 import cli
 import dsets
 import models
+import plots
 import runs
 import training
 from conftest import Tiny, write_root
@@ -213,7 +215,39 @@ def test_scalars_stand_over_the_examples_seen(root, tmp_path):
         assert [event.step for event in scalars] == [16, 32]  # 8 clips x 2 views
         assert [event.value for event in scalars] == pytest.approx(
             [row["accuracy"] for row in rows if row["phase"] == phase])
-    assert events.Tags()["images"] == ["confusion"]
+    assert [event.value for event in events.Scalars("learning rate")] == pytest.approx([3e-4, 3e-4])
+    assert all(event.value > 0 for event in events.Scalars("examples per s"))
+    assert events.Tags()["images"] == ["augmented examples", "confusion"]
+    assert events.Scalars("final/accuracy")[-1].value == pytest.approx(rows[-1]["accuracy"])
+    assert "_hparams_/experiment" in events.summary_metadata
+
+
+def test_several_trainings_have_pictures_of_them_all(root, tmp_path):
+    run_dir = train_in(tmp_path / "one", root)
+    assert not (run_dir / "report.csv").exists()
+    run_dir = train_in(tmp_path / "run", root, "--fold", "all")
+    names = ("curves.png", "confusion.png", "report.csv")
+    assert all((run_dir / name).exists() for name in names)
+    each = [pd.read_csv(run_dir / "seed-42" / f"fold-{fold}" / "report.csv") for fold in (1, 2, 3)]
+    report = pd.read_csv(run_dir / "report.csv")
+    assert list(report["clips"]) == list(sum(one["clips"] for one in each))
+    # every fold has as many clips of a class as the others: pooled recall is the mean recall
+    assert list(report["recall"]) == pytest.approx(list(sum(one["recall"] for one in each) / 3), abs=1e-3)
+    (run_dir / "report.csv").unlink()
+    (run_dir / "seed-42" / "fold-2" / "last.pt").unlink()
+    run("--resume", run_dir)  # what is gone is gone; the table is still printed
+    assert not (run_dir / "report.csv").exists()
+
+
+def test_curves_of_several_trainings_are_their_mean_in_a_band():
+    rows = [{"seed": 1, "fold": fold, "epoch": epoch, "phase": phase, "loss": fold * epoch, "accuracy": fold / 10}
+            for fold in (1, 3) for epoch in (1, 2) for phase in ("training", "validation")]
+    loss, accuracy = plots.curves_figure(rows).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2, 4], [2, 4]]
+    band = loss.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((2 - 2 ** 0.5, 4 + 2 * 2 ** 0.5))
+    assert list(accuracy.lines[0].get_ydata()) == pytest.approx([20, 20])
+    assert not plots.curves_figure(rows[:4]).axes[0].collections, "one training has no band"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -342,12 +376,13 @@ def test_our_own_mistakes_are_loud(root, tmp_path, monkeypatch):
         training.main(["--data", str(root), "--run-dir", str(tmp_path / "run")])
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(root, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(root, tmp_path, capsys, monkeypatch):
     resource = pytest.importorskip("resource")  # not on Windows
+    monkeypatch.setattr(training, "first_examples", lambda *arguments: Figure())  # a small picture: last.pt is the largest
     run_dir = train_in(tmp_path / "run", root, "--epochs", 1)
     size = (run_dir / "seed-42" / "fold-1" / "last.pt").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, limits[1]))  # no file may grow larger: last.pt is the largest
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, limits[1]))  # no file may grow larger
     try:
         run("--resume", run_dir, "--epochs", 2, status=2)
     finally:
