@@ -389,22 +389,22 @@ def main() -> None:
     parser.add_argument("--json", default="speed.json", help="where the figures go (default speed.json)")
     args = parser.parse_args()
     root, device = Path(args.data).resolve(), torch.device(args.device)
-    own_process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), as_training_py)
-    results = runs.environment()
-    rows = [("features, clips/s", lambda: measure_features(own_process, root, args.repeat, args.clips)),
-            ("training, examples/s", lambda: measure_training(own_process, root, args.repeat, device, args.steps)),
-            ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
-            ("one clip to top 5", lambda: own_process.submit(measure_one_clip, root).result()),
-            ("growth, examples/s", lambda: measure_growth(args.repeat, args.steps))]
-    if device.type == "cuda":
-        rows.append(("blog recipe, s", lambda: measure_recipe(args.repeat, device)))
-    for number, (name, measure) in enumerate(rows, start=1):
-        if number not in args.rows:
-            continue
-        results[name] = measure()
-        print_table({name: results[name]})
-        sys.stdout.flush()
-        recordings.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), as_training_py) as own_process:
+        results = runs.environment()
+        rows = [("features, clips/s", lambda: measure_features(own_process, root, args.repeat, args.clips)),
+                ("training, examples/s", lambda: measure_training(own_process, root, args.repeat, device, args.steps)),
+                ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
+                ("one clip to top 5", lambda: own_process.submit(measure_one_clip, root).result()),
+                ("growth, examples/s", lambda: measure_growth(args.repeat, args.steps))]
+        if device.type == "cuda":
+            rows.append(("blog recipe, s", lambda: measure_recipe(args.repeat, device)))
+        for number, (name, measure) in enumerate(rows, start=1):
+            if number not in args.rows:
+                continue
+            results[name] = measure()
+            print_table({name: results[name]})
+            sys.stdout.flush()
+            recordings.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
 
 
 if __name__ == "__main__":
