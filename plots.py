@@ -28,7 +28,7 @@ def curves_figure(rows: list[dict]) -> Figure:
                 deviation = np.array([np.std(of_epoch, ddof=1) for of_epoch in values.values()])
                 axes.fill_between(values.keys(), mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylabel("cross-entropy loss (nats)" if metric == "loss" else "accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(title=f"mean of {trainings}, band +- 1 sd" if trainings > 1 else None)

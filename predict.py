@@ -63,6 +63,8 @@ class Predictor(torch.nn.Module):
         if not (weights.isfinite().all() and math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise UserError(f"{path}: holds weights or statistics that are not finite numbers")
         self.precision = checkpoint["precision"]
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"{path}: has precision {self.precision!r}, expected fp32 or bf16")
         self.log_mel = LogMel()
         self.to(memory_format=torch.channels_last).eval()
 
@@ -130,7 +132,9 @@ def find_recordings(names: list[str]) -> list[str]:
     endings = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
     found = []
     for name in names:
-        if name != "-" and Path(name).is_dir():
+        if not name:
+            raise UserError("FILE_OR_FOLDER: is empty; name a file or a folder")
+        if name != "-" and os.path.isdir(name):  # (false, not an error, for names that cannot be)
             inside = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in endings and path.is_file())
             if not inside:
                 raise UserError(f"{name}: holds no audio files ({', '.join(sorted(endings))})")
@@ -147,6 +151,8 @@ def open_recording(name: str):
         with open_audio(Path(name), name) as file:
             yield file
         return
+    if sys.stdin is None:
+        raise UserError("standard input: is closed")
     with tempfile.TemporaryFile() as copy:  # a header is read with seeks, which a pipe has not
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.seek(0)
@@ -160,6 +166,7 @@ def windows(name: str, hop: int):
     A window begins every `hop` samples at 44 100 Hz until one reaches the end; that one is padded with zeros. Channels
     are averaged, other sample rates resampled. Raises UserError if the recording cannot be read, or is empty.
     """
+    shown = "standard input" if name == "-" else name
     start, pending = 0, np.zeros(0, np.float32)  # pending: the samples from `start` on that have been read
     with open_recording(name) as file:
         resampler, done = None, False
@@ -168,7 +175,7 @@ def windows(name: str, hop: int):
         while not done:
             samples = file.read(SAMPLE_RATE, dtype="float32", always_2d=True)  # (frames, channels)
             done = len(samples) == 0
-            mono = to_mono(samples, name)  # -> (frames,)
+            mono = to_mono(samples, shown)  # -> (frames,)
             if resampler:
                 mono = resampler.resample_chunk(np.ascontiguousarray(mono), last=done)
             pending = np.concatenate([pending, mono])
@@ -176,7 +183,7 @@ def windows(name: str, hop: int):
                 yield start, CLIP_SAMPLES, pad_clip(pending[:CLIP_SAMPLES])
                 start, pending = start + hop, pending[hop:]
     if len(pending) == 0:
-        raise UserError(f"{name}: holds no samples")
+        raise UserError(f"{shown}: holds no samples, or too few to resample")
     yield start, len(pending), pad_clip(pending)
 
 
@@ -302,8 +309,16 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--hop {args.hop:g}: expected seconds from 0.1 to 5; longer ones would leave gaps")
     if args.top < 1:
         raise UserError(f"--top {args.top}: expected 1 or more")
+    if args.onnx is not None:
+        onnx = Path(args.onnx)
+        if onnx.suffix != ".onnx":  # a recording or a checkpoint is never written over
+            raise UserError(f"--onnx {args.onnx}: expected a name that ends in .onnx")
+        if not onnx.parent.is_dir() or (onnx.exists() and not onnx.is_file()):
+            raise UserError(f"--onnx {args.onnx}: cannot be a file there; name one in a folder that exists")
     if not args.recordings and not args.onnx:
         raise UserError("FILE_OR_FOLDER: is missing; name recordings to listen to, or a file for --onnx")
+    if not args.model:
+        raise UserError("RUN_OR_CHECKPOINT: is empty; name a run's folder or a checkpoint")
     checkpoints = find_checkpoints(Path(args.model), args.ensemble)
     if args.onnx:
         if len(checkpoints) > 1:
@@ -327,6 +342,7 @@ def run(argv: list[str]) -> int:
         writer.write(result)
         sys.stdout.flush()
     writer.close()
+    sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
     if failed and len(names) > 1:
         print(f"predict.py: {failed} of {len(names)} recordings could not be used", file=sys.stderr)
     return 2 if failed else 0
@@ -335,14 +351,18 @@ def run(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can mend."""
     machine.keep_freed_memory()
+    if sys.stdout is None:  # closed by who called
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding has not
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"predict.py: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or the exit would stumble over it again
     except OSError as error:
-        print(f"predict.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        message = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror or error
+        print(f"predict.py: {error.filename or 'output'}: {message}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # or the exit would stumble over it again
     return 2
 
 

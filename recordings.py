@@ -80,15 +80,16 @@ def open_audio(source, name: str | Path):
 
     Raises UserError if it is no regular file, cannot be decoded (also while it is read), or has an absurd sample rate.
     """
-    if isinstance(source, Path) and not source.is_file():  # a pipe would be waited on for ever
-        raise UserError(f"{name}: {'is not a regular file' if source.exists() else 'no such file'}")
+    if isinstance(source, Path) and not os.path.isfile(source):  # a pipe would be waited on for ever
+        raise UserError(f"{name}: {'is not a regular file' if os.path.exists(source) else 'no such file'}")
     try:
         with soundfile.SoundFile(source) as file:
             if not RATE_LIMITS[0] <= file.samplerate <= RATE_LIMITS[1]:
                 raise UserError(f"{name}: sample rate {file.samplerate} Hz, expected {RATE_LIMITS[0]} to "
                                 f"{RATE_LIMITS[1]} Hz")
             yield file
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless, by the file's ending
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
+        # TypeError: headerless, by the file's ending; UnicodeError: a name that is not UTF-8
         raise UserError(f"{name}: cannot be decoded as audio ({error})") from error
 
 

@@ -208,7 +208,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
         raise UserError(f"{path}: is not a checkpoint of this program")
-    if content["format"] != CHECKPOINT_FORMAT:
+    if not isinstance(content["format"], int) or content["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path}: has checkpoint format {content['format']}, expected {CHECKPOINT_FORMAT}; "
                         f"use the version of this program that wrote it")
     return content
@@ -266,9 +266,10 @@ def write_overall(run_dir: Path, trainings: list[dict], targets: dict[int, torch
     folders = [training_dir(run_dir, training["seed"], training["fold"]) for training in trainings]
     if len(folders) < 2 or not all((folder / "last.pt").exists() for folder in folders):  # some user threw them away
         return
-    predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
-    write_results(run_dir, [row for folder in folders for row in read_metrics(folder)],
-                  torch.cat([targets[training["fold"]] for training in trainings]), predictions, classes)
+    with filelock.FileLock(run_dir / "lock"):  # one process at a time, as for the summary
+        predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
+        write_results(run_dir, [row for folder in folders for row in read_metrics(folder)],
+                      torch.cat([targets[training["fold"]] for training in trainings]), predictions, classes)
 
 
 def is_finished(folder: Path, epochs: int) -> bool:

@@ -206,12 +206,40 @@ def test_a_bad_file_is_named_and_the_rest_go_on(one, wav, tmp_path, capsys):
     (["--hop", "0"], "--hop 0: expected seconds from 0.1 to 5"), (["--hop", "6"], "--hop 6: expected"),
     (["--hop", "nan"], "--hop nan: expected"), (["--top", "0"], "--top 0: expected 1 or more"),
     (["--format", "xml"], "argument --format: invalid choice: 'xml'"), (["--device", "tpu"], "argument --device"),
-    (["--onnx", "a.onnx", "--ensemble"], "--onnx: writes one network")])
-def test_bad_flags_are_refused_in_one_line(run_dir, wav, capsys, tmp_path, monkeypatch, flags, words):
+    (["--onnx", "a.onnx", "--ensemble"], "--onnx: writes one network"),
+    (["--onnx", "a.wav"], "--onnx a.wav: expected a name that ends in .onnx"), (["--onnx", ""], "--onnx : expected a name"),
+    (["--onnx", "absent/a.onnx"], "--onnx absent/a.onnx: cannot be a file there"), ([""], "FILE_OR_FOLDER: is empty")])
+def test_bad_flags_are_refused_in_one_line(run_dir, one, wav, capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    out, err = call(capsys, run_dir, wav, *flags, status=2)
+    out, err = call(capsys, run_dir if "--ensemble" in flags else one, wav, *flags, status=2)
     assert out == "" and err.startswith(f"predict.py: {words}") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_cannot_be_are_named_and_the_rest_go_on(one, wav, capsys):
+    out, err = call(capsys, one, "a" * 300 + ".wav", wav, "--format", "json", status=2)
+    assert len(json.loads(out)) == 1 and err.count("no such file") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file can have such a name")
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xe9.wav")
+    soundfile.write(tmp_path / "a.wav", noise(1), SECOND)
+    (tmp_path / "a.wav").rename(path)
+    with pytest.raises(recordings.UserError, match="cannot be decoded as audio"):
+        list(predict.windows(str(path), SECOND))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell redirections")
+@pytest.mark.parametrize("redirection, words", [(">/dev/full", "output: No space left"), ("| true", "output: nobody reads")])
+def test_output_that_cannot_be_written_is_one_line(one, redirection, words):
+    program = "import conftest, models, predict, sys; models.MODELS['cnn8'] = conftest.Tiny; sys.exit(predict.main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run(["bash", "-c", f'set -o pipefail; sleep 0.1; "$@" {redirection}', "bash", sys.executable, "-c", program,
+                           str(one), "absent.wav", "--format", "csv"], cwd=Path(__file__).parent, capture_output=True,
+                          text=True, env=environment)
+    assert done.returncode == 2 and words in done.stderr and "Exception" not in done.stderr
 
 
 def test_models_that_cannot_be_meant_are_refused(run_dir, one, wav, tmp_path, capsys):

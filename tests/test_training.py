@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -237,6 +239,21 @@ def test_several_trainings_have_pictures_of_them_all(root, tmp_path):
     (run_dir / "seed-42" / "fold-2" / "last.pt").unlink()
     run("--resume", run_dir)  # what is gone is gone; the table is still printed
     assert not (run_dir / "report.csv").exists()
+
+
+def test_pictures_over_all_trainings_wait_for_the_lock(root, tmp_path):
+    run_dir = train_in(tmp_path / "run", root, "--fold", "1", "2")
+    (run_dir / "report.csv").unlink()
+    dataset = dsets.ESC50(root)
+    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
+    trainings = runs.summarise(run_dir, 2)["trainings"]
+    with filelock.FileLock(run_dir / "lock"):
+        writer = threading.Thread(target=runs.write_overall, args=(run_dir, trainings, targets, dataset.classes))
+        writer.start()
+        writer.join(timeout=1)
+        assert writer.is_alive() and not (run_dir / "report.csv").exists()
+    writer.join()
+    assert (run_dir / "report.csv").exists()
 
 
 def test_curves_of_several_trainings_are_their_mean_in_a_band():
