@@ -157,22 +157,28 @@ def generator_for(seed: int, fold: int, epoch: int, purpose: str) -> torch.Gener
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw_crops(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47, int64."""
+def draw_crops(count: int, generator: torch.Generator, shift_frames: int = 0) -> torch.Tensor:
+    """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47 + shift_frames, int64.
+
+    A crop that passes the end of its clip goes on at the beginning: as if the clip had been shifted in time, in a circle.
+    """
     mels = torch.randint(MEL["n_mels"] - CROP_MELS + 1, (count,), generator=generator)
-    frames = torch.randint(FRAMES - CROP_FRAMES + 1, (count,), generator=generator)
+    frames = torch.randint(min(FRAMES, FRAMES - CROP_FRAMES + 1 + shift_frames), (count,), generator=generator)
     return torch.stack([mels, frames], dim=1)
 
 
-def centre_crops(count: int) -> torch.Tensor:
-    """The corners (count, 2) of centre crops: mel 14, frame 23."""
-    return torch.tensor([(MEL["n_mels"] - CROP_MELS) // 2, (FRAMES - CROP_FRAMES) // 2]).expand(count, 2)
+def validation_corners(crops: int = 1) -> torch.Tensor:
+    """The corners (crops, 2) at which a clip is heard in validation: 1, the centre (mel 14, frame 23), or a grid of 9."""
+    mel, frame = (MEL["n_mels"] - CROP_MELS) // 2, (FRAMES - CROP_FRAMES) // 2
+    if crops == 1:
+        return torch.tensor([[mel, frame]])
+    return torch.cartesian_prod(torch.tensor([0, mel, 2 * mel]), torch.tensor([0, frame, 2 * frame]))
 
 
 def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2)."""
+    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2), round the end."""
     mels = corners[:, 0, None] + torch.arange(CROP_MELS, device=corners.device)  # (B,) -> (B, 100)
-    frames = corners[:, 1, None] + torch.arange(CROP_FRAMES, device=corners.device)  # (B,) -> (B, 384)
+    frames = (corners[:, 1, None] + torch.arange(CROP_FRAMES, device=corners.device)) % FRAMES  # (B,) -> (B, 384)
     # indices (B, 1, 1), 0, (B, 100, 1), (B, 1, 384) -> (B, 100, 384)
     return features[rows[:, None, None], 0, mels[:, :, None], frames[:, None, :]].unsqueeze(1)  # -> (B, 1, 100, 384)
 
@@ -201,36 +207,68 @@ def apply_masks(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return examples.masked_fill(masked, 0.0)
 
 
+def draw_shares(count: int, mix: float, generator: torch.Generator) -> torch.Tensor:
+    """How much of each example is its own, the rest another's: (count,) in [0.5, 1], float32.
+
+    From a Beta(mix, mix) distribution as in mixup (Zhang et al., ICLR 2018), the larger part always the example's own.
+    """
+    shares = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(mix, mix, count)  # torch has none with a generator
+    return torch.from_numpy(np.maximum(shares, 1 - shares).astype(np.float32))
+
+
+def mix_examples(examples: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Each of the examples (B, 1, 100, 384) times its share (B,), plus the one before it times the rest."""
+    shares = shares[:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+    return shares * examples + (1 - shares) * examples.roll(1, dims=0)
+
+
 def normalise(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     """(decibels - mean) / std, both in dB, from the training folds (`ESC50.statistics`)."""
     return (decibels - mean) / std
 
 
 def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, views: int,
-                     batch_size: int, seed: int, fold: int, epoch: int, device: torch.device):
-    """One epoch of shuffled, augmented batches: examples (B, 1, 100, 384) and targets (B,) on `device`.
+                     batch_size: int, seed: int, fold: int, epoch: int, device: torch.device, time_shift: float = 0.0,
+                     gain: float = 0.0, mix: float = 0.0):
+    """One epoch of shuffled, augmented batches on `device`: examples (B, 1, 100, 384), targets (B,), and shares (B,) or None.
 
-    Each clip gives `views` examples: the first a random crop, the others random crops with masks.
+    Each clip gives `views` examples: the first a random crop, the others random crops with masks. time_shift: by how much
+    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; mix: how strongly examples are
+    mixed (`draw_shares`). Where they are, an example's share is its target's, the rest that of the target before it.
     All draws of the epoch are made at once and on the CPU: they depend on seed, fold and epoch alone.
     """
+    def generator(purpose: str) -> torch.Generator:
+        return generator_for(seed, fold, epoch, purpose)
+
     count = len(indices) * views
-    corners = draw_crops(count, generator_for(seed, fold, epoch, "crops"))
-    masks = draw_masks(count, generator_for(seed, fold, epoch, "masks"))
-    order = torch.randperm(count, generator=generator_for(seed, fold, epoch, "order"))
+    corners = draw_crops(count, generator("crops"), round(time_shift * MEL["sample_rate"] / MEL["hop_length"]))
+    masks = draw_masks(count, generator("masks"))
+    order = torch.randperm(count, generator=generator("order"))
     masks[torch.arange(count) % views == 0] = 0  # [0, 0): the first view of each clip has no mask
     rows, targets = dataset.rows[indices[order // views]], dataset.targets[indices[order // views]]
     corners, masks, targets = corners[order], masks[order].to(device), targets.to(device)
     rows, corners = rows.to(dataset.features.device), corners.to(dataset.features.device)
+    gains = (gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)).to(device)  # dB
+    shares = draw_shares(count, mix, generator("mix")).to(device) if mix else None
     for batch in torch.arange(count).split(batch_size):
         batch = slice(batch[0].item(), batch[-1].item() + 1)
         examples = crop(dataset.features, rows[batch], corners[batch]).to(device)
-        yield apply_masks(normalise(examples, *stats), masks[batch]), targets[batch]
+        if gain:
+            examples += gains[batch]
+        examples = apply_masks(normalise(examples, *stats), masks[batch])
+        if mix:
+            examples = mix_examples(examples, shares[batch])
+        yield examples, targets[batch], shares[batch] if mix else None
 
 
 def validation_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, batch_size: int,
-                       device: torch.device):
-    """Centre crops (B, 1, 100, 384) and targets (B,) on `device`, each clip once, in the order of `indices`."""
+                       device: torch.device, crops: int = 1):
+    """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, each clip once, in the order of `indices`.
+
+    All clips' first crops come first, then all their second ones.
+    """
+    corners = validation_corners(crops).to(dataset.features.device)
     for batch in indices.split(batch_size):
         rows = dataset.rows[batch].to(dataset.features.device)
-        examples = crop(dataset.features, rows, centre_crops(len(batch)).to(dataset.features.device)).to(device)
+        examples = crop(dataset.features, rows.repeat(crops), corners.repeat_interleave(len(batch), dim=0)).to(device)
         yield normalise(examples, *stats), dataset.targets[batch].to(device)

@@ -41,13 +41,14 @@ class Graph(torch.nn.Module):
         super().__init__()
         self.log_mel, self.network = LogMelGraph(predictor.log_mel), predictor.network
         self.mean, self.std = predictor.mean, predictor.std
-        (self.mel, self.frame), = dsets.centre_crops(1).tolist()  # here: the exporter takes numbers, not tensors
+        self.corners = dsets.validation_corners(predictor.crops).tolist()  # here: the exporter takes numbers, not tensors
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         features = self.log_mel(waveform[:, None])  # (B, 220500) -> (B, 1, 128, 431)
-        examples = features[:, :, self.mel:self.mel + dsets.CROP_MELS, self.frame:self.frame + dsets.CROP_FRAMES]
-        # -> (B, 1, 100, 384)
-        return self.network(dsets.normalise(examples, self.mean, self.std)).softmax(dim=1)
+        features = dsets.normalise(features, self.mean, self.std)
+        logits = [self.network(features[:, :, mel:mel + dsets.CROP_MELS, frame:frame + dsets.CROP_FRAMES])  # -> (B, classes)
+                  for mel, frame in self.corners]
+        return torch.stack(logits).mean(dim=0).softmax(dim=1)
 
 
 def export(predictor, path: Path) -> float:

@@ -40,7 +40,7 @@ BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so man
 class Predictor(torch.nn.Module):
     """Waveforms (B, 1, 220500) at 44 100 Hz -> probabilities (B, classes) of one checkpoint's network.
 
-    The features, their normalisation, the centre crop and the precision are those of the network's validation.
+    The features, their normalisation, the crops and the precision are those of the network's validation.
     Raises UserError for a checkpoint whose parts do not fit together.
     """
 
@@ -55,6 +55,7 @@ class Predictor(torch.nn.Module):
             self.classes = list(map(str, checkpoint["classes"]))
             self.network = models.build_model(checkpoint["model_name"], len(self.classes))
             self.network.load_state_dict(checkpoint["model"])
+            self.crops = checkpoint["flags"]["crops"]
             self.mean, self.std = (float(checkpoint["normalisation"][name]) for name in ("mean", "std"))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()  # load_state_dict says it last
@@ -79,12 +80,14 @@ class Predictor(torch.nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Mel-spectrograms (B, 1, 128, 431) in dB -> probabilities (B, classes), float32."""
         count, device = len(features), features.device
-        examples = dsets.crop(features, torch.arange(count, device=device), dsets.centre_crops(count).to(device))
-        examples = dsets.normalise(examples, self.mean, self.std)  # (B, 1, 100, 384)
+        corners = dsets.validation_corners(self.crops).to(device)
+        rows = torch.arange(count, device=device).repeat(self.crops)
+        examples = dsets.crop(features, rows, corners.repeat_interleave(count, dim=0))
+        examples = dsets.normalise(examples, self.mean, self.std)  # (crops * B, 1, 100, 384)
         examples = examples.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(examples)  # -> (B, classes)
-        return logits.float().softmax(dim=1)
+            logits = self.network(examples)  # -> (crops * B, classes)
+        return logits.float().unflatten(0, (self.crops, count)).mean(dim=0).softmax(dim=1)  # -> (B, classes)
 
 
 class Ensemble:

@@ -5,6 +5,7 @@
     python training.py --fold all    cross-validation
     python training.py --help        every flag and its default
 """
+import copy
 import math
 import os
 import shlex
@@ -30,6 +31,9 @@ import plots
 import roots
 import runs
 from recordings import UserError
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,19 +63,47 @@ def choose_folds(wanted: list, folds: list[int]) -> list[int]:
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
 
-def train_epoch(model, optimizer, batches, steps: int, device: torch.device, precision: str):
+class WeightAverage:
+    """An exponential moving average of a network's weights and batch statistics, for validation and prediction.
+
+    The averaged network stands in `model`. decay: how much of the average stays at each step (Polyak & Juditsky, 1992,
+    with exponential weights; as in Tarvainen & Valpola, "Mean teachers", NeurIPS 2017).
+    """
+
+    def __init__(self, source: torch.nn.Module, decay: float):
+        self.source, self.decay = source, decay
+        self.model = copy.deepcopy(source)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for averaged, value in zip(self.model.state_dict().values(), self.source.state_dict().values()):
+            if averaged.is_floating_point():
+                averaged.lerp_(value, 1 - self.decay)
+            else:
+                averaged.copy_(value)
+
+
+def train_epoch(model, optimizer, batches, steps: int, device: torch.device, precision: str, *,
+                label_smoothing: float = 0.0, rates: list[float] | None = None, average: WeightAverage | None = None):
     """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
 
-    They are of the pass itself: each batch as the weights were before its step. Nothing waits for the device
-    before the end of the epoch.
+    rates: the learning rate of each step, or None to leave it; average: to be kept up with the weights. The results are of
+    the pass itself: each batch as the weights were before its step. Nothing waits for the device before the end of the
+    epoch.
     """
     model.train()
     results = []
-    for examples, targets in tqdm(batches, "training", steps, leave=False, disable=None, unit=" steps"):
-        losses, predictions = forward(model, examples, targets, device, precision)
+    for step, (examples, targets, shares) in enumerate(tqdm(batches, "training", steps, leave=False, disable=None,
+                                                            unit=" steps")):
+        if rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+        losses, predictions = forward(model, examples, targets, device, precision, shares, label_smoothing)
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update()
         results.append((losses.detach(), predictions, targets))
     return gather(results)
 
@@ -83,13 +115,40 @@ def validate(model, batches, device: torch.device, precision: str):
     return gather([(*forward(model, examples, targets, device, precision), targets) for examples, targets in batches])
 
 
-def forward(model, examples, targets, device: torch.device, precision: str):
-    """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384)."""
+def forward(model, examples, targets, device: torch.device, precision: str, shares=None, label_smoothing: float = 0.0):
+    """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384).
+
+    Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. shares (B,): see `training_batches`.
+    """
     examples = examples.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(examples)  # -> (B, classes)
     logits = logits.float()
-    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(dim=1)
+    if len(logits) > len(targets):
+        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    if shares is not None:
+        others = F.cross_entropy(logits, targets.roll(1), reduction="none", label_smoothing=label_smoothing)
+        losses = shares * losses + (1 - shares) * others
+    return losses, logits.detach().argmax(dim=1)
+
+
+def learning_rates(flags: dict, epoch: int, steps: int) -> list[float] | None:
+    """The learning rate of each of an epoch's steps, or None if it is constant.
+
+    cosine: a straight rise to --lr over the first tenth of all steps, then half a cosine down to 0 (Loshchilov & Hutter,
+    "SGDR", ICLR 2017, without restarts).
+    """
+    if flags["schedule"] == "constant":
+        return None
+    total = flags["epochs"] * steps
+    warm_up = max(1, total // 10)
+
+    def rate(step: int) -> float:
+        if step < warm_up:
+            return flags["lr"] * (step + 1) / warm_up
+        return flags["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up)))
+    return [rate((epoch - 1) * steps + step) for step in range(steps)]
 
 
 def gather(results: list[tuple]):
@@ -117,12 +176,16 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
     model = model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if flags["compile"] else model
-    optimizer = torch.optim.Adam(model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
+    optimizer = OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
+    average = WeightAverage(model, flags["average"]) if flags["average"] else None
+    judged = average.model if average else model  # what is validated, kept and predicts
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
     if resumed:
         checkpoint = load_last(folder / "last.pt", flags, seed, fold, precision)
         state = {name: checkpoint[name] for name in state}
-        model.load_state_dict(checkpoint["model"])
+        judged.load_state_dict(checkpoint["model"])
+        if average:
+            model.load_state_dict(checkpoint["trained_model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
                  "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
@@ -144,19 +207,21 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
             batches = dsets.training_batches(
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
-                epoch=epoch, device=device)
+                epoch=epoch, device=device, **{name: flags[name] for name in ("time_shift", "gain", "mix")})
             steps = math.ceil(examples_per_epoch / flags["batch_size"])
             begin = time.perf_counter()
-            losses, predictions, targets = train_epoch(network, optimizer, batches, steps, device, precision)
+            losses, predictions, targets = train_epoch(
+                network, optimizer, batches, steps, device, precision, label_smoothing=flags["label_smoothing"],
+                rates=learning_rates(flags, epoch, steps), average=average)
             seconds = time.perf_counter() - begin
             refuse_not_finite(losses, "step", folder, epoch, flags)
             train_row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "training",
                          **compute_metrics(losses, predictions, targets), "seconds": round(seconds, 3)}
 
             batches = dsets.validation_batches(dataset, validation, statistics, batch_size=flags["batch_size"],
-                                               device=device)
+                                               device=device, crops=flags["crops"])
             begin = time.perf_counter()
-            losses, predictions, targets = validate(network, batches, device, precision)
+            losses, predictions, targets = validate(judged if average else network, batches, device, precision)
             refuse_not_finite(losses, "validation batch", folder, epoch, flags)
             row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "validation",
                    **compute_metrics(losses, predictions, targets), "seconds": round(time.perf_counter() - begin, 3)}
@@ -164,10 +229,11 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             is_best = state["best"] is None or row["loss"] < state["best"]["loss"]
             state = {"epoch": epoch, "history": [*state["history"], train_row, row], "predictions": predictions,
                      "best": row if is_best else state["best"]}
-            checkpoint = {"model": model.state_dict(), **state, **constants}
+            checkpoint = {"model": judged.state_dict(), **state, **constants}
             if is_best:
                 runs.save_checkpoint(folder / "best.pt", checkpoint)
-            runs.save_checkpoint(folder / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict()})
+            to_go_on = {"optimizer": optimizer.state_dict()} | ({"trained_model": model.state_dict()} if average else {})
+            runs.save_checkpoint(folder / "last.pt", {**checkpoint, **to_go_on})
             runs.write_metrics(folder, state["history"])
             add_scalars(board, train_row, flags, examples_per_epoch)
             add_scalars(board, row, flags, examples_per_epoch)
@@ -186,7 +252,7 @@ def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str) -> 
     """The checkpoint to go on from. Raises UserError if it is damaged or another training's."""
     try:
         checkpoint = runs.load_checkpoint(path)
-        if "optimizer" not in checkpoint:
+        if "optimizer" not in checkpoint or (flags["average"] and "trained_model" not in checkpoint):
             raise UserError(f"{path}: holds no optimizer state, which a training needs to go on")
         now = {**flags, "seed": seed, "fold": fold, "precision": precision}
         then = {**checkpoint["flags"], **{name: checkpoint[name] for name in ("seed", "fold", "precision")}}
@@ -235,7 +301,7 @@ def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch
     for metric in runs.METRICS:
         board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
     if row["phase"] == "training":
-        board.add_scalar("learning rate", flags["lr"], seen)
+        board.add_scalar("learning rate", (learning_rates(flags, row["epoch"], 1) or [flags["lr"]])[0], seen)
         board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
     board.flush()
 
@@ -243,9 +309,9 @@ def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch
 def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tuple[float, float], flags: dict, seed: int,
                    fold: int):
     """A picture of the first examples of the first epoch."""
-    examples, targets = next(dsets.training_batches(
+    examples, targets, _ = next(dsets.training_batches(
         dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
-        epoch=1, device=torch.device("cpu")))
+        epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in ("time_shift", "gain", "mix")}))
     return plots.examples_figure(examples.cpu().numpy(), [dataset.classes[target] for target in targets])
 
 

@@ -277,7 +277,7 @@ def measure_first_step(root: Path, repeat: int) -> dict:
 def measure_one_clip(root: Path, count: int = 200) -> dict:
     log_mel, model = recordings.LogMel(), models.build_model("cnn8").eval()
     paths = [root / "audio" / name for name in dsets.read_table(root)["filename"]]
-    corners = dsets.centre_crops(1)
+    corners = dsets.validation_corners()
     times = []
     with torch.inference_mode():
         for i in range(count + 10):

@@ -174,7 +174,7 @@ def test_a_crop_is_a_slice(dataset, cuts):
 
 
 def test_the_centre_crop_is_in_the_middle():
-    assert dsets.centre_crops(2).tolist() == [[14, 23], [14, 23]]
+    assert dsets.validation_corners().tolist() == [[14, 23]]
 
 
 @settings(max_examples=30, deadline=None)
@@ -205,7 +205,7 @@ def epoch_of(dataset, **changes):
     training, _ = dataset.split(1)
     arguments = {"views": 5, "batch_size": 16, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, **changes}
     batches = list(dsets.training_batches(dataset, training, dataset.statistics(training), **arguments))
-    return torch.cat([examples for examples, _ in batches]), torch.cat([targets for _, targets in batches])
+    return torch.cat([examples for examples, *_ in batches]), torch.cat([targets for _, targets, _ in batches])
 
 
 def test_an_epoch_has_five_views_of_every_training_clip_one_of_them_unmasked(dataset, monkeypatch):
@@ -245,8 +245,55 @@ def test_every_draw_of_an_epoch_follows_seed_fold_and_epoch(dataset, monkeypatch
         asked.append(parts)
         return generator_for(*parts)
     monkeypatch.setattr(dsets, "generator_for", recording)
-    epoch_of(dataset, seed=7, fold=2, epoch=3)
-    assert sorted(asked) == [(7, 2, 3, "crops"), (7, 2, 3, "masks"), (7, 2, 3, "order")]
+    epoch_of(dataset, seed=7, fold=2, epoch=3, mix=1.0)
+    assert sorted(asked) == [(7, 2, 3, purpose) for purpose in ("crops", "gain", "masks", "mix", "order")]
+
+
+def test_a_shifted_crop_goes_on_at_the_beginning(dataset):
+    found = dsets.crop(dataset.features, torch.tensor([3]), torch.tensor([[10, 400]]))
+    expected = torch.cat([dataset.features[3], dataset.features[3]], dim=-1)[:, 10:110, 400:784]
+    assert torch.equal(found[0], expected)
+    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), shift_frames=431)[:, 1]
+    assert set(frames.tolist()) == set(range(431)), "5 s of shift reach everywhere"
+    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), shift_frames=10)[:, 1]
+    assert set(frames.tolist()) == set(range(58))
+
+
+def test_gain_is_what_a_louder_recording_would_be(dataset):
+    plain, _ = epoch_of(dataset, views=1)
+    louder, _ = epoch_of(dataset, views=1, gain=6.0)
+    _, std = dataset.statistics(dataset.split(1)[0])
+    difference = (louder - plain) * std  # dB
+    each = difference.flatten(1)
+    assert torch.allclose(each, each[:, :1].expand_as(each), atol=1e-3), "one gain an example"
+    assert each[:, 0].abs().max() <= 6 and each[:, 0].min() < -2 and each[:, 0].max() > 2
+
+
+def test_shares_are_the_larger_parts_of_a_beta_distribution():
+    shares = dsets.draw_shares(20_000, 1.0, dsets.generator_for(1, 1, 1, "test"))
+    assert shares.min() >= 0.5 and shares.max() <= 1 and shares.dtype == torch.float32
+    assert shares.mean() == pytest.approx(0.75, abs=0.01)  # Beta(1, 1) is uniform
+    assert dsets.draw_shares(20_000, 0.1, dsets.generator_for(1, 1, 1, "test")).mean() > 0.9
+    assert torch.equal(shares, dsets.draw_shares(20_000, 1.0, dsets.generator_for(1, 1, 1, "test")))
+
+
+def test_mixed_examples_are_sums_of_neighbours(dataset):
+    training, _ = dataset.split(1)
+    options = {"views": 2, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU}
+    plain = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
+    mixed = list(dsets.training_batches(dataset, training, (-40.0, 20.0), mix=1.0, **options))
+    for (examples, targets, none), (sums, same, shares) in zip(plain, mixed, strict=True):
+        assert none is None and torch.equal(targets, same)
+        for i in range(len(targets)):
+            expected = shares[i] * examples[i] + (1 - shares[i]) * examples[i - 1]
+            torch.testing.assert_close(sums[i], expected)
+
+
+def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
+    assert dsets.validation_corners(9).tolist() == [[mel, frame] for mel in (0, 14, 28) for frame in (0, 23, 46)]
+    batch, = dsets.validation_batches(dataset, torch.arange(2), (0.0, 1.0), batch_size=2, device=CPU, crops=9)
+    assert batch[0].shape == (18, 1, 100, 384) and len(batch[1]) == 2
+    assert torch.equal(batch[0][17], dataset.features[1][:, 28:128, 46:430])
 
 
 def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):

@@ -65,10 +65,10 @@ def noise(seconds: float, rate: int = SECOND, channels: int = 1, seed: int = 0) 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, precision):
+@pytest.mark.parametrize("precision, recipe", [("fp32", "blog"), ("bf16", "blog"), ("bf16", "strong")])
+def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, precision, recipe):
     training.main(["--data", str(shared_root), "--epochs", "1", "--views", "1", "--lr", "3e-5", "--precision", precision,
-                   "--run-dir", str(tmp_path / "run")])
+                   "--recipe", recipe, "--average", "0", "--run-dir", str(tmp_path / "run")])
     expected = json.loads((tmp_path / "run" / "summary.json").read_text())["trainings"][0]["accuracy"]
     dataset = dsets.ESC50(shared_root)
     _, validation = dataset.split(1)
@@ -305,6 +305,11 @@ def test_the_onnx_graph_is_the_whole_way_from_waveform_to_probabilities(one, sha
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == [f"sound_{i}" for i in range(4)] and metadata["sample_rate_hz"] == "44100"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_onnx_graph_of_nine_crops(shared_root, tmp_path, capsys):
+    training.main(["--data", str(shared_root), "--recipe", "strong", "--epochs", "1", "--run-dir", str(tmp_path / "run")])
+    call(capsys, tmp_path / "run", "--onnx", tmp_path / "a.onnx")  # compares the two itself
 
 
 def test_an_onnx_graph_that_disagrees_is_not_written(one, tmp_path, monkeypatch):

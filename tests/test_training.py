@@ -133,13 +133,106 @@ def test_each_network_learns_eight_clips_by_heart(dataset, network):
     model = network(8).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
     examples = dsets.normalise(dataset.features[:8, :, :100, :384], -40.0, 20.0)
-    batches = [(examples, torch.arange(8))]
+    batches = [(examples, torch.arange(8), None)]
     passes = [training.train_epoch(model, optimizer, batches, 1, CPU, "fp32") for _ in range(20)]
     assert passes[0][0].mean() > 1.5 and passes[-1][0].mean() < 0.5
     assert torch.equal(passes[-1][1], torch.arange(8))
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
+
+STRONG = ["--recipe", "strong", "--epochs", 2, "--views", 2, "--batch-size", 4]
+
+
+def test_losses_of_mixed_examples_are_shared_between_their_targets():
+    class Fixed(torch.nn.Module):
+        def forward(self, examples):
+            return logits
+    logits, targets, shares = torch.randn(3, 5), torch.tensor([0, 3, 3]), torch.tensor([0.5, 0.75, 1.0])
+    losses, predictions = training.forward(Fixed(), torch.zeros(3, 1, 100, 384), targets, CPU, "fp32", shares, 0.1)
+    soft = shares[:, None] * F.one_hot(targets, 5) + (1 - shares[:, None]) * F.one_hot(targets.roll(1), 5)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, soft, reduction="none", label_smoothing=0.1))
+    assert torch.equal(predictions, logits.argmax(dim=1))
+
+
+def test_logits_of_several_crops_are_averaged():
+    class Each(torch.nn.Module):
+        def forward(self, examples):
+            return examples[:, 0, 0, :3]  # an example's own first numbers
+    examples = torch.randn(6, 1, 100, 384)
+    targets = torch.tensor([2, 0])
+    losses, predictions = training.forward(Each(), examples, targets, CPU, "fp32")
+    logits = torch.stack([examples[[i, i + 2, i + 4], 0, 0, :3].mean(dim=0) for i in range(2)])
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(predictions, logits.argmax(dim=1))
+
+
+def test_the_average_of_weights_follows_its_formula():
+    model = Tiny(4)
+    average = training.WeightAverage(model, 0.9)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+        model.train()(torch.randn(2, 1, 100, 384))  # the batch statistics move too
+        average.update()
+        for name, tensor in model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * tensor if tensor.is_floating_point() else tensor.clone()
+    for name, tensor in average.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_the_cosine_schedule_rises_for_a_tenth_and_falls_to_nothing():
+    flags = {"schedule": "cosine", "lr": 2.0, "epochs": 10}
+    rates = [rate for epoch in range(1, 11) for rate in training.learning_rates(flags, epoch, 20)]
+    assert rates[:20] == pytest.approx([2.0 * (step + 1) / 20 for step in range(20)])
+    assert rates[20] == 2.0 and rates[110] == pytest.approx(1.0) and 0 < rates[-1] < 0.001
+    assert all(a > b for a, b in zip(rates[20:], rates[21:]))
+    assert training.learning_rates(flags | {"schedule": "constant"}, 1, 20) is None
+
+
+def test_what_is_judged_and_kept_are_the_averaged_weights(root, tmp_path):
+    run_dir = train_in(tmp_path / "run", root, *STRONG[:2], "--average", 0.5)
+    checkpoint = runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "last.pt")
+    assert not same_weights(checkpoint["model"], checkpoint["trained_model"])
+    assert "trained_model" not in runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "best.pt")
+    dataset = dsets.ESC50(root)
+    model = Tiny(2)
+    model.load_state_dict(checkpoint["model"])
+    statistics = (checkpoint["normalisation"]["mean"], checkpoint["normalisation"]["std"])
+    batches = dsets.validation_batches(dataset, dataset.split(1)[1], statistics, batch_size=4, device=CPU, crops=9)
+    losses, predictions, _ = training.validate(model, batches, CPU, checkpoint["precision"])
+    assert torch.equal(predictions, checkpoint["predictions"])
+    assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_strong_training_repeats_and_resumes_to_the_last_bit(root, tmp_path, monkeypatch, precision):
+    flags = [*STRONG, "--epochs", 4, "--precision", precision]
+    first = train_in(tmp_path / "first", root, *flags)
+    validate, calls = training.validate, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(*arguments)
+    monkeypatch.setattr(training, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(list(map(str, ["--data", root, "--run-dir", tmp_path / "second", *flags])))
+    monkeypatch.setattr(training, "validate", validate)
+    run("--resume", tmp_path / "second")
+    assert results_of(first) == results_of(tmp_path / "second")
+    assert same_weights(weights_of(first), weights_of(tmp_path / "second"))
+
+
+def test_a_schedule_that_has_ended_has_no_further_epochs(root, tmp_path, capsys):
+    run_dir = train_in(tmp_path / "run", root, *STRONG)
+    capsys.readouterr()
+    run("--resume", run_dir, "--epochs", 3, status=2)
+    assert "--epochs 3: the cosine schedule of the run ends after 2 epochs" in capsys.readouterr().err
+
 
 def test_a_run_leaves_what_the_design_promises(root, tmp_path, capsys):
     run_dir = train_in(tmp_path / "run", root, "--fold", "all", "--seed", 1, 2)
@@ -320,7 +413,7 @@ def test_help_is_grouped_and_says_every_default():
     for group in ("data:", "model:", "experiment:", "machine:", "output:", "again:"):
         assert f"\n{group}\n" in text
     for words in ("default data/ESC-50", "default cnn8", "default 1)", "default 42", "default 40", "default 0.0003",
-                  "default 0.001", "default 5)", "default auto", "default runs/<tb-prefix>/<time>_<comment>"):
+                  "default 0.001", "default 5;", "strong 0.05)", "default auto", "default runs/<tb-prefix>/<time>_<comment>"):
         assert words in " ".join(text.split()), words
 
 
@@ -328,6 +421,9 @@ def test_recipes_fill_in_and_flags_win():
     flags, _ = cli.parse_flags(["--lr", "0.1", "named"])
     assert flags["lr"] == 0.1 and flags["epochs"] == 40 and flags["weight_decay"] == 1e-3 and flags["views"] == 5
     assert flags["comment"] == "named" and flags["data"] == "data/ESC-50"
+    flags, _ = cli.parse_flags(["--recipe", "strong", "--mix", "0"])
+    assert flags["mix"] == 0 and flags["optimizer"] == "adamw" and flags["crops"] == 9
+    assert cli.RECIPES["strong"].keys() == cli.RECIPES["blog"].keys()
     flags, _ = cli.parse_flags(["--demo", "--epochs", "7"])
     assert flags["epochs"] == 7 and flags["data"] == "data/demo" and flags["views"] == cli.DEMO["views"]
 
