@@ -202,6 +202,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         stale.unlink()
     with SummaryWriter(str(folder)) as board:
         board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
+        board.flush()  # nothing is left for the board's own thread to write while weights are saved
         for row in state["history"]:  # an interrupted run's events are written anew
             add_scalars(board, row, flags, examples_per_epoch)
         for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
