@@ -40,7 +40,9 @@ def number(kind, low, high):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.py", allow_abbrev=False, description="Teach a convolutional network to recognise environmental "
-        "sounds (ESC-50) and report how well it does.",
+        "sounds (ESC-50) and report how well it does.", epilog="Several processes: torchrun --nproc-per-node=N training.py "
+        "... deals each batch out to N processes (a GPU each, or shares of the CPU's cores); each normalises its part by the "
+        "part's own batch statistics.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
 
     def default(name: str) -> str:
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
                             help="the defaults of the flags below; a flag beside it wins (default blog)")
     experiment.add_argument("--epochs", type=number(int, 1, 10 ** 6), metavar="N", help=default("epochs"))
     experiment.add_argument("--batch-size", type=number(int, 1, 10 ** 6), metavar="N",
-                            help=f"examples a step {default('batch_size')}")
+                            help=f"examples a step, of all processes together {default('batch_size')}")
     experiment.add_argument("--lr", type=number(float, 0, 1e3), metavar="X",
                             help=f"learning rate, its peak under a schedule {default('lr')}")
     experiment.add_argument("--weight-decay", type=number(float, 0, 1e3), metavar="X",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -216,10 +217,10 @@ def draw_shares(count: int, mix: float, generator: torch.Generator) -> torch.Ten
     return torch.from_numpy(np.maximum(shares, 1 - shares).astype(np.float32))
 
 
-def mix_examples(examples: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Each of the examples (B, 1, 100, 384) times its share (B,), plus the one before it times the rest."""
+def mix_examples(examples: torch.Tensor, others: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Each of the examples (B, 1, 100, 384) times its share (B,), plus one of the others (B, 1, 100, 384) times the rest."""
     shares = shares[:, None, None, None]  # (B,) -> (B, 1, 1, 1)
-    return shares * examples + (1 - shares) * examples.roll(1, dims=0)
+    return shares * examples + (1 - shares) * others
 
 
 def normalise(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -227,14 +228,35 @@ def normalise(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     return (decibels - mean) / std
 
 
+class Batch(NamedTuple):
+    """What one rank learns from in one step.
+
+    examples   (B, 1, 100, 384), normalised
+    targets    (B,) class indices
+    shares     (B,) how much of each example is its own, the rest another's of the same batch; None if nothing is mixed
+    others     (B,) targets of those; None if nothing is mixed
+    positions  (B,) each example's place among the epoch's, on the CPU; (0,) where a rank got none of a short batch: the
+               example is then another rank's, for the shapes' sake, and must not count
+    size       examples of the whole batch, all ranks' together
+    """
+
+    examples: torch.Tensor
+    targets: torch.Tensor
+    shares: torch.Tensor | None
+    others: torch.Tensor | None
+    positions: torch.Tensor
+    size: int
+
+
 def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, views: int,
                      batch_size: int, seed: int, fold: int, epoch: int, device: torch.device, time_shift: float = 0.0,
-                     gain: float = 0.0, mix: float = 0.0):
-    """One epoch of shuffled, augmented batches on `device`: examples (B, 1, 100, 384), targets (B,), and shares (B,) or None.
+                     gain: float = 0.0, mix: float = 0.0, rank: int = 0, ranks: int = 1):
+    """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
     Each clip gives `views` examples: the first a random crop, the others random crops with masks. time_shift: by how much
-    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; mix: how strongly examples are
-    mixed (`draw_shares`). Where they are, an example's share is its target's, the rest that of the target before it.
+    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; mix: how strongly each example
+    is mixed with the one before it in its batch (`draw_shares`). Of each batch, this rank gets its part: the parts of all
+    ranks in a row are the batch that one rank alone would get.
     All draws of the epoch are made at once and on the CPU: they depend on seed, fold and epoch alone.
     """
     def generator(purpose: str) -> torch.Generator:
@@ -251,24 +273,30 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, 
     gains = (gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)).to(device)  # dB
     shares = draw_shares(count, mix, generator("mix")).to(device) if mix else None
     for batch in torch.arange(count).split(batch_size):
-        batch = slice(batch[0].item(), batch[-1].item() + 1)
-        examples = crop(dataset.features, rows[batch], corners[batch]).to(device)
+        positions = batch.tensor_split(ranks)[rank]
+        own = positions if len(positions) else batch[:1]
+        before = batch[(own[:1] - batch[0] - 1) % len(batch)]  # before the batch's first example comes its last
+        wanted = torch.cat([before, own]) if mix else own
+        examples = crop(dataset.features, rows[wanted], corners[wanted]).to(device)
         if gain:
-            examples += gains[batch]
-        examples = apply_masks(normalise(examples, *stats), masks[batch])
+            examples += gains[wanted]
+        examples = apply_masks(normalise(examples, *stats), masks[wanted])
         if mix:
-            examples = mix_examples(examples, shares[batch])
-        yield examples, targets[batch], shares[batch] if mix else None
+            examples = mix_examples(examples[1:], examples[:-1], shares[own])
+        yield Batch(examples, targets[own], shares[own] if mix else None, targets[wanted[:-1]] if mix else None, positions,
+                    len(batch))
 
 
 def validation_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, batch_size: int,
-                       device: torch.device, crops: int = 1):
-    """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, each clip once, in the order of `indices`.
+                       device: torch.device, crops: int = 1, rank: int = 0, ranks: int = 1):
+    """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
 
-    All clips' first crops come first, then all their second ones.
+    All clips' first crops come first, then all their second ones. Each rank gets every so manieth batch: each clip once,
+    in the same company whatever the number of ranks, as the last bits of a network's output depend on that.
     """
     corners = validation_corners(crops).to(dataset.features.device)
-    for batch in indices.split(batch_size):
+    for positions in torch.arange(len(indices)).split(batch_size)[rank::ranks]:
+        batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
         examples = crop(dataset.features, rows.repeat(crops), corners.repeat_interleave(len(batch), dim=0)).to(device)
-        yield normalise(examples, *stats), dataset.targets[batch].to(device)
+        yield normalise(examples, *stats), dataset.targets[batch].to(device), positions

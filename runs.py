@@ -134,6 +134,10 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
                 if there[name] != record[name]:
                     raise UserError(f"--{name} {record[name]}: the run in {run_dir} has {there[name]}; use the same, or "
                                     f"another --run-dir")
+            if there["hardware"].get("ranks", 1) != record["hardware"]["ranks"]:
+                raise UserError(f"--run-dir {run_dir}: the run there trains with {there['hardware'].get('ranks', 1)} "
+                                f"processes, here are {record['hardware']['ranks']}; launch as many (torchrun "
+                                f"--nproc-per-node), or name another folder")
             refuse_other_data_or_versions(run_dir, there, record)
             both = {name: sorted({*there["flags"][name], *flags[name]}) for name in ("seed", "fold")}
             record = {**there, "flags": {**there["flags"], **both}}

@@ -5,7 +5,7 @@
     python training.py --fold all    cross-validation
     python training.py --help        every flag and its default
 """
-import copy
+import contextlib
 import math
 import os
 import shlex
@@ -27,13 +27,12 @@ import cli
 import dsets
 import machine
 import models
+import optim
 import plots
 import roots
 import runs
+from processes import Ranks, is_lost_rank, launched_rank, launcher
 from recordings import UserError
-
-
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,28 +62,8 @@ def choose_folds(wanted: list, folds: list[int]) -> list[int]:
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
 
-class WeightAverage:
-    """An exponential moving average of a network's weights and batch statistics, for validation and prediction.
-
-    The averaged network stands in `model`. decay: how much of the average stays at each step (Polyak & Juditsky, 1992,
-    with exponential weights; as in Tarvainen & Valpola, "Mean teachers", NeurIPS 2017).
-    """
-
-    def __init__(self, source: torch.nn.Module, decay: float):
-        self.source, self.decay = source, decay
-        self.model = copy.deepcopy(source)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        for averaged, value in zip(self.model.state_dict().values(), self.source.state_dict().values()):
-            if averaged.is_floating_point():
-                averaged.lerp_(value, 1 - self.decay)
-            else:
-                averaged.copy_(value)
-
-
-def train_epoch(model, optimizer, batches, steps: int, device: torch.device, precision: str, *,
-                label_smoothing: float = 0.0, rates: list[float] | None = None, average: WeightAverage | None = None):
+def train_epoch(model, optimizer, batches, steps: int, precision: str, ranks: Ranks, *, label_smoothing: float = 0.0,
+                rates: list[float] | None = None, average: optim.WeightAverage | None = None):
     """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
 
     rates: the learning rate of each step, or None to leave it; average: to be kept up with the weights. The results are of
@@ -93,66 +72,59 @@ def train_epoch(model, optimizer, batches, steps: int, device: torch.device, pre
     """
     model.train()
     results = []
-    for step, (examples, targets, shares) in enumerate(tqdm(batches, "training", steps, leave=False, disable=None,
-                                                            unit=" steps")):
+    for step, batch in enumerate(tqdm(batches, "training", steps, leave=False, disable=ranks.rank > 0 or None,
+                                      unit=" steps")):
         if rates:
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
-        losses, predictions = forward(model, examples, targets, device, precision, shares, label_smoothing)
-        losses.mean().backward()
+        losses, predictions = forward(model, batch.examples, batch.targets, precision, batch.shares, batch.others,
+                                      label_smoothing)
+        count = len(batch.positions)
+        # gradients are averaged over ranks: so many times its part of the batch is what a rank's mean weighs
+        (losses.mean() * (count * ranks.size / batch.size)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average:
             average.update()
-        results.append((losses.detach(), predictions, targets))
-    return gather(results)
+        results.append((losses.detach()[:count], predictions[:count], batch.targets[:count], batch.positions))
+    return gather(results, ranks)
 
 
 @torch.inference_mode()
-def validate(model, batches, device: torch.device, precision: str):
+def validate(model, batches, precision: str, ranks: Ranks):
     """Losses (N,), predictions (N,) and targets (N,) of a validation set, on the CPU; no weight changes."""
     model.eval()
-    return gather([(*forward(model, examples, targets, device, precision), targets) for examples, targets in batches])
+    return gather([(*forward(model, examples, targets, precision), targets, positions)
+                   for examples, targets, positions in batches], ranks)
 
 
-def forward(model, examples, targets, device: torch.device, precision: str, shares=None, label_smoothing: float = 0.0):
+def forward(model, examples, targets, precision: str, shares=None, others=None, label_smoothing: float = 0.0):
     """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384).
 
-    Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. shares (B,): see `training_batches`.
+    Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. shares, others (B,): `dsets.Batch`.
     """
     examples = examples.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(examples)  # -> (B, classes)
     logits = logits.float()
     if len(logits) > len(targets):
         logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     if shares is not None:
-        others = F.cross_entropy(logits, targets.roll(1), reduction="none", label_smoothing=label_smoothing)
-        losses = shares * losses + (1 - shares) * others
+        losses = shares * losses + (1 - shares) * F.cross_entropy(logits, others, reduction="none",
+                                                                 label_smoothing=label_smoothing)
     return losses, logits.detach().argmax(dim=1)
 
 
-def learning_rates(flags: dict, epoch: int, steps: int) -> list[float] | None:
-    """The learning rate of each of an epoch's steps, or None if it is constant.
-
-    cosine: a straight rise to --lr over the first tenth of all steps, then half a cosine down to 0 (Loshchilov & Hutter,
-    "SGDR", ICLR 2017, without restarts).
-    """
-    if flags["schedule"] == "constant":
-        return None
-    total = flags["epochs"] * steps
-    warm_up = max(1, total // 10)
-
-    def rate(step: int) -> float:
-        if step < warm_up:
-            return flags["lr"] * (step + 1) / warm_up
-        return flags["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up)))
-    return [rate((epoch - 1) * steps + step) for step in range(steps)]
-
-
-def gather(results: list[tuple]):
-    return tuple(torch.cat(column).cpu() for column in zip(*results))
+def gather(results: list[tuple], ranks: Ranks):
+    """Losses, predictions and targets (N,) of all ranks' results, each a batch's columns and, last, their positions."""
+    if results:
+        *columns, positions = (torch.cat(column).cpu() for column in zip(*results))
+        rows = torch.stack([column.double() for column in columns], dim=1)  # (n, 3); exact: class indices are small
+    else:  # fewer batches than ranks
+        rows, positions = torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    losses, predictions, targets = ranks.collect(rows, positions).unbind(dim=1)
+    return losses.float(), predictions.long(), targets.long()
 
 
 def compute_metrics(losses: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> dict:
@@ -164,9 +136,8 @@ def compute_metrics(losses: torch.Tensor, predictions: torch.Tensor, targets: to
 
 # --- one training -----------------------------------------------------------------------------------------------------
 
-def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int, device: torch.device,
-          precision: str) -> None:
-    """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch.
+def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int, precision: str, ranks: Ranks) -> None:
+    """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch; rank 0 writes.
 
     Raises UserError if the loss stops being finite.
     """
@@ -174,10 +145,11 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     statistics = dataset.statistics(training)
     resumed = (folder / "last.pt").exists()
     model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
-    model = model.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if flags["compile"] else model
-    optimizer = OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
-    average = WeightAverage(model, flags["average"]) if flags["average"] else None
+    model = model.to(ranks.device, memory_format=torch.channels_last)
+    network = ranks.together(model)
+    network = torch.compile(network) if flags["compile"] else network
+    optimizer = optim.OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
+    average = optim.WeightAverage(model, flags["average"]) if flags["average"] else None
     judged = average.model if average else model  # what is validated, kept and predicts
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
     if resumed:
@@ -197,35 +169,38 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     print(f"{'epoch':>9} | {ROW_HEAD.format('training')} examples/s | {ROW_HEAD.format('validation')}", flush=True)
 
     examples_per_epoch = len(training) * flags["views"]
-    (folder / "report.csv").unlink(missing_ok=True)  # the last file of a finished training
-    for stale in folder.glob("events.out.tfevents.*"):
-        stale.unlink()
-    with SummaryWriter(str(folder)) as board:
-        board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
-        board.flush()  # nothing is left for the board's own thread to write while weights are saved
-        for row in state["history"]:  # an interrupted run's events are written anew
-            add_scalars(board, row, flags, examples_per_epoch)
+    with open_board(folder) if ranks.rank == 0 else contextlib.nullcontext() as board:
+        if ranks.rank == 0:
+            board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
+            board.flush()  # nothing is left for the board's own thread to write while weights are saved
+            for row in state["history"]:  # an interrupted run's events are written anew
+                add_scalars(board, row, flags, examples_per_epoch)
         for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
             batches = dsets.training_batches(
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
-                epoch=epoch, device=device, **{name: flags[name] for name in ("time_shift", "gain", "mix")})
+                epoch=epoch, device=ranks.device, rank=ranks.rank, ranks=ranks.size,
+                **{name: flags[name] for name in ("time_shift", "gain", "mix")})
             steps = math.ceil(examples_per_epoch / flags["batch_size"])
             begin = time.perf_counter()
             losses, predictions, targets = train_epoch(
-                network, optimizer, batches, steps, device, precision, label_smoothing=flags["label_smoothing"],
-                rates=learning_rates(flags, epoch, steps), average=average)
+                network, optimizer, batches, steps, precision, ranks, label_smoothing=flags["label_smoothing"],
+                rates=optim.learning_rates(flags, epoch, steps), average=average)
             seconds = time.perf_counter() - begin
             refuse_not_finite(losses, "step", folder, epoch, flags)
             train_row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "training",
                          **compute_metrics(losses, predictions, targets), "seconds": round(seconds, 3)}
 
             batches = dsets.validation_batches(dataset, validation, statistics, batch_size=flags["batch_size"],
-                                               device=device, crops=flags["crops"])
+                                               device=ranks.device, crops=flags["crops"], rank=ranks.rank,
+                                               ranks=ranks.size)
+            ranks.take_statistics(judged)
             begin = time.perf_counter()
-            losses, predictions, targets = validate(judged if average else network, batches, device, precision)
+            losses, predictions, targets = validate(judged if average else network, batches, precision, ranks)
             refuse_not_finite(losses, "validation batch", folder, epoch, flags)
             row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "validation",
                    **compute_metrics(losses, predictions, targets), "seconds": round(time.perf_counter() - begin, 3)}
+            if ranks.rank > 0:
+                continue
 
             is_best = state["best"] is None or row["loss"] < state["best"]["loss"]
             state = {"epoch": epoch, "history": [*state["history"], train_row, row], "predictions": predictions,
@@ -240,6 +215,8 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             add_scalars(board, row, flags, examples_per_epoch)
             print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
                   f"{row_text(row)}", flush=True)
+        if ranks.rank > 0:
+            return
         runs.write_metrics(folder, state["history"])
         confusion = runs.write_results(folder, state["history"], dataset.targets[validation], state["predictions"],
                                        dataset.classes)
@@ -247,6 +224,14 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         board.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in
                            {**flags, "seed": seed, "fold": fold, "precision": precision}.items()},
                           {f"final/{metric}": state["history"][-1][metric] for metric in runs.METRICS}, run_name=".")
+
+
+def open_board(folder: Path) -> SummaryWriter:
+    """TensorBoard's writer of a training that begins or goes on: what it wrote before, and report.csv, are gone."""
+    (folder / "report.csv").unlink(missing_ok=True)  # the last file of a finished training
+    for stale in folder.glob("events.out.tfevents.*"):
+        stale.unlink()
+    return SummaryWriter(str(folder))
 
 
 def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str) -> dict:
@@ -302,7 +287,7 @@ def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch
     for metric in runs.METRICS:
         board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
     if row["phase"] == "training":
-        board.add_scalar("learning rate", (learning_rates(flags, row["epoch"], 1) or [flags["lr"]])[0], seen)
+        board.add_scalar("learning rate", (optim.learning_rates(flags, row["epoch"], 1) or [flags["lr"]])[0], seen)
         board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
     board.flush()
 
@@ -310,10 +295,10 @@ def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch
 def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tuple[float, float], flags: dict, seed: int,
                    fold: int):
     """A picture of the first examples of the first epoch."""
-    examples, targets, _ = next(dsets.training_batches(
+    batch = next(dsets.training_batches(
         dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
         epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in ("time_shift", "gain", "mix")}))
-    return plots.examples_figure(examples.cpu().numpy(), [dataset.classes[target] for target in targets])
+    return plots.examples_figure(batch.examples.numpy(), [dataset.classes[target] for target in batch.targets])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -327,52 +312,55 @@ def run(argv: list[str], progress: dict) -> None:
     progress["run_dir"] = Path(again) if old else None
     device = machine.choose_device(old["device"] if old else flags["device"])
     precision = old["precision"] if old else machine.choose_precision(flags["precision"], device)
+    progress["ranks"] = ranks = Ranks(device)
+    if ranks.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    if old and old["hardware"].get("ranks", 1) != ranks.size:
+        raise UserError(f"--resume {again}: was begun with {old['hardware'].get('ranks', 1)} processes, here are {ranks.size}; "
+                        f"launch as many again (torchrun --nproc-per-node), or start a new run")
     machine.make_deterministic()
     machine.keep_freed_memory()
     if recorded:
         torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
 
     root = Path(flags["data"])
-    if flags["demo"]:
-        roots.write_demo(root)
-    if flags["download"]:
-        roots.download(root)
+    if ranks.rank > 0:
+        ranks.wait()  # while rank 0 fetches the data and computes its features
+    else:
+        if flags["demo"]:
+            roots.write_demo(root)
+        if flags["download"]:
+            roots.download(root)
     dataset = dsets.ESC50(root, esc10=flags["esc10"])
+    if ranks.rank == 0:
+        ranks.wait()
     flags["fold"] = choose_folds(flags["fold"], dataset.folds)
     for fold in flags["fold"]:
         dataset.split(fold)  # refuses an empty side before anything is trained
-    record = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "flags": flags,
-              "device": str(device), "precision": precision, **runs.environment(),
-              "data": {"root": str(root.resolve()), "clips": len(dataset), "classes": dataset.classes,
-                       "fingerprint": dataset.fingerprint()}}
-    if old:
-        run_dir = Path(again)
-        runs.refuse_other_data_or_versions(run_dir, old, record)
-        if flags["epochs"] != old["flags"]["epochs"]:
-            runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
-        record = old
-    else:
-        if flags["pretrained"]:
-            start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
-        run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
-        record = runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY)
-    progress["run_dir"] = run_dir
+    begun = begin_run(argv, flags, old, again, device, precision, dataset, ranks) if ranks.rank == 0 else ""
+    progress["run_dir"] = run_dir = Path(ranks.agree(str(begun)))
+    record = runs.read_run(run_dir)
     torch.set_num_threads(record["hardware"]["threads"])  # sums are split by thread: as many as the run began with
     with torch.device("meta"):  # shapes alone
         parameters = sum(p.numel() for p in models.build_model(flags["model"], len(dataset.classes)).parameters())
     print(f"run    {run_dir / 'run.json'}\ndata   {dataset}\nmodel  {flags['model']}, {parameters:,} parameters, "
-          f"{precision} on {device}", flush=True)
+          f"{precision} on {device}" + (f", {ranks.size} ranks" if ranks.size > 1 else ""), flush=True)
     if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
+        dataset.features = dataset.features.to(ranks.device)  # else they stay on disk, and crops of them are copied
 
     for seed in flags["seed"]:
         for fold in flags["fold"]:
             folder = runs.training_dir(run_dir, seed, fold)
-            if runs.is_finished(folder, flags["epochs"]):
+            finished = runs.is_finished(folder, flags["epochs"])
+            ranks.wait()  # all have looked before one of them writes
+            if finished:
                 continue
-            with runs.locked(folder):
-                train(folder, dataset, flags, seed, fold, device, precision)
-            runs.update_summary(run_dir, flags["epochs"])
+            with runs.locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+                train(folder, dataset, flags, seed, fold, precision, ranks)
+            if ranks.rank == 0:
+                runs.update_summary(run_dir, flags["epochs"])
+    if ranks.rank > 0:
+        return
     summary = runs.update_summary(run_dir, flags["epochs"])
     targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
     runs.write_overall(run_dir, summary["trainings"], targets, dataset.classes)
@@ -381,20 +369,44 @@ def run(argv: list[str], progress: dict) -> None:
         print("\n".join(["", f"compared with {again}:", *runs.compare_runs(Path(again), run_dir)]))
 
 
+def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None, device: torch.device, precision: str,
+              dataset: dsets.ESC50, ranks: Ranks) -> Path:
+    """The run's folder, with its run.json. old: the record of a run to go on with, if there is one."""
+    environment = runs.environment()
+    environment["hardware"]["ranks"] = ranks.size
+    record = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "flags": flags,
+              "device": str(device), "precision": precision, **environment,
+              "data": {"root": str(dataset.root.resolve()), "clips": len(dataset), "classes": dataset.classes,
+                       "fingerprint": dataset.fingerprint()}}
+    if old:
+        run_dir = Path(again)
+        runs.refuse_other_data_or_versions(run_dir, old, record)
+        if flags["epochs"] != old["flags"]["epochs"]:
+            runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
+        return run_dir
+    if flags["pretrained"]:
+        start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
+    run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
+    runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY)
+    return run_dir
+
+
 def remedy(progress: dict) -> str:
     """How to go on after a run was stopped from outside."""
     if not progress.get("run_dir"):
         return "no training was begun, the same command begins anew"
-    return f"all whole epochs are saved; go on with: python training.py --resume {shlex.quote(str(progress['run_dir']))}"
+    return f"all whole epochs are saved; go on with: {launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can mend, 130 or 143 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = {}
+    progress, status = {}, 2
     try:
         run(argv, progress)
+        if "ranks" in progress:
+            progress["ranks"].leave()
         return 0
     except UserError as error:
         message = str(error)
@@ -406,20 +418,22 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         message = "--batch-size: the memory does not hold it; choose a smaller one"
     except RuntimeError as error:
-        if "allocate memory" in str(error):  # how torch's CPU allocator says it
+        if is_lost_rank(error):
+            message = f"torchrun: one of the processes ended before the training did; {remedy(progress)}"
+        elif "allocate memory" in str(error):  # how torch's CPU allocator says it
             message = "--batch-size: the memory does not hold it; choose a smaller one"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"--compile: torch cannot compile here ({runs.first_line(error)}); leave it out"
         else:
             raise
     except Interrupted as interruption:
-        print(f"\ntraining.py: interrupted; {remedy(progress)}", file=sys.stderr)
-        return 128 + interruption.signum
+        message, status = f"interrupted; {remedy(progress)}", 128 + interruption.signum
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    print(f"training.py: {message}", file=sys.stderr)
-    return 2
+    if progress["ranks"].may_speak() if "ranks" in progress else launched_rank() == 0:
+        print(f"{'' if status == 2 else chr(10)}training.py: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

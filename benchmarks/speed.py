@@ -47,6 +47,7 @@ import models
 import recordings
 import runs
 import training
+from processes import Ranks
 
 BATCH_SIZE = cli.RECIPES["blog"]["batch_size"]
 
@@ -157,7 +158,7 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
         batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1, epoch=1,
                                          device=device)
         begin = time.perf_counter()
-        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, device, precision)
+        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, precision, Ranks(device))
         return steps * BATCH_SIZE / (time.perf_counter() - begin)
     return rate
 
@@ -293,11 +294,12 @@ def measure_one_clip(root: Path, count: int = 200) -> dict:
 # --- 5. growth --------------------------------------------------------------------------------------------------------
 
 GROWTH = """
-import re, sys, time
+import itertools, re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy, torch
 import dsets, machine, models, training
+from processes import Ranks
 path, steps, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
 count = len(features)
@@ -307,11 +309,12 @@ machine.keep_freed_memory()
 precision = machine.choose_precision("auto", device)
 model = models.build_model("cnn8").to(memory_format=torch.channels_last)
 optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
-batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
-                                 epoch=1, device=device)
-training.train_epoch(model, optimizer, (next(batches) for _ in range(5)), 5, device, precision)
-begin = time.perf_counter()
-training.train_epoch(model, optimizer, (next(batches) for _ in range(steps)), steps, device, precision)
+ranks = Ranks(device)
+for wanted in (5, steps):  # five to warm up
+    batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
+                                     epoch=1, device=device)
+    begin = time.perf_counter()
+    training.train_epoch(model, optimizer, itertools.islice(batches, wanted), wanted, precision, ranks)
 seconds = time.perf_counter() - begin
 # not getrusage: what it says of a child includes its parent
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -357,7 +360,7 @@ def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: i
         for epoch in range(epochs):
             batches = dsets.training_batches(dataset, torch.arange(clips), (0.0, 1.0), views=5, batch_size=BATCH_SIZE,
                                              seed=1, fold=1, epoch=epoch, device=device)
-            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, device, precision)
+            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, precision, Ranks(device))
         return time.perf_counter() - begin
 
     turns = Turns({name: lambda name=name: recipe(name) for name in models.MODELS}, repeat)

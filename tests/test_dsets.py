@@ -205,7 +205,7 @@ def epoch_of(dataset, **changes):
     training, _ = dataset.split(1)
     arguments = {"views": 5, "batch_size": 16, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, **changes}
     batches = list(dsets.training_batches(dataset, training, dataset.statistics(training), **arguments))
-    return torch.cat([examples for examples, *_ in batches]), torch.cat([targets for _, targets, _ in batches])
+    return torch.cat([examples for examples, *_ in batches]), torch.cat([targets for _, targets, *_ in batches])
 
 
 def test_an_epoch_has_five_views_of_every_training_clip_one_of_them_unmasked(dataset, monkeypatch):
@@ -282,11 +282,42 @@ def test_mixed_examples_are_sums_of_neighbours(dataset):
     options = {"views": 2, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU}
     plain = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
     mixed = list(dsets.training_batches(dataset, training, (-40.0, 20.0), mix=1.0, **options))
-    for (examples, targets, none), (sums, same, shares) in zip(plain, mixed, strict=True):
-        assert none is None and torch.equal(targets, same)
-        for i in range(len(targets)):
-            expected = shares[i] * examples[i] + (1 - shares[i]) * examples[i - 1]
-            torch.testing.assert_close(sums[i], expected)
+    for alone, sums in zip(plain, mixed, strict=True):
+        assert alone.shares is None and alone.others is None and torch.equal(alone.targets, sums.targets)
+        for i in range(len(sums.targets)):
+            expected = sums.shares[i] * alone.examples[i] + (1 - sums.shares[i]) * alone.examples[i - 1]
+            torch.testing.assert_close(sums.examples[i], expected)
+            assert sums.others[i] == alone.targets[i - 1]
+
+
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mix, ranks):
+    training, _ = dataset.split(1)
+    options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mix": mix, "time_shift": 5.0,
+               "gain": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
+    whole = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
+    parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, ranks=ranks, **options))
+             for rank in range(ranks)]
+    for batch, *shared in zip(whole, *parts, strict=True):
+        counts = [len(part.positions) for part in shared]
+        assert max(counts) - min(counts) <= 1 and all(part.size == len(batch.targets) for part in shared)
+        assert all(len(part.examples) == len(part.targets) == max(1, count) for part, count in zip(shared, counts))
+        for name in ("examples", "targets", "shares", "others", "positions") if mix else ("examples", "targets", "positions"):
+            together = [getattr(part, name)[:count] for part, count in zip(shared, counts)]
+            assert torch.equal(torch.cat(together), getattr(batch, name))
+    assert torch.cat([batch.positions for batch in whole]).tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_validate_each_clip_once_in_the_batches_of_one(dataset, ranks):
+    options = {"batch_size": 3, "device": CPU, "crops": 9}
+    whole = list(dsets.validation_batches(dataset, torch.arange(8, 16), (0.0, 1.0), **options))
+    parts = [list(dsets.validation_batches(dataset, torch.arange(8, 16), (0.0, 1.0), rank=rank, ranks=ranks, **options))
+             for rank in range(ranks)]
+    assert sum(map(len, parts)) == len(whole) == 3
+    for i, batch in enumerate(whole):
+        assert all(torch.equal(a, b) for a, b in zip(batch, parts[i % ranks][i // ranks], strict=True))
 
 
 def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
@@ -299,7 +330,7 @@ def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
 def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):
     _, validation = dataset.split(3)
     batches = list(dsets.validation_batches(dataset, validation, (2.0, 3.0), batch_size=3, device=CPU))
-    examples = torch.cat([examples for examples, _ in batches])
+    examples = torch.cat([examples for examples, *_ in batches])
     expected = (dataset.features[validation][:, :, 14:114, 23:407] - 2.0) / 3.0
     assert torch.equal(examples, expected)
-    assert torch.equal(torch.cat([targets for _, targets in batches]), dataset.targets[validation])
+    assert torch.equal(torch.cat([targets for _, targets, _ in batches]), dataset.targets[validation])

@@ -22,7 +22,9 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 import cli
 import dsets
 import models
+import optim
 import plots
+import processes
 import runs
 import training
 from conftest import Tiny, write_root
@@ -30,6 +32,7 @@ from conftest import Tiny, write_root
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 
 CPU = torch.device("cpu")
+ONE = processes.Ranks(CPU)
 PROGRAM = Path(training.__file__)
 
 
@@ -96,7 +99,7 @@ def test_validation_metrics_do_not_depend_on_the_batch_size(dataset):
     model = Tiny(4)
     _, validation = dataset.split(1)
     results = [training.compute_metrics(*training.validate(
-        model, dsets.validation_batches(dataset, validation, (-40.0, 20.0), batch_size=size, device=CPU), CPU, "fp32"))
+        model, dsets.validation_batches(dataset, validation, (-40.0, 20.0), batch_size=size, device=CPU), "fp32", ONE))
         for size in (1, 3, 8)]
     for metrics in results[1:]:
         assert metrics == pytest.approx(results[0], rel=1e-5)
@@ -110,7 +113,7 @@ def test_training_metrics_are_those_of_the_pass_itself(dataset):
     batch = next(iter(dsets.training_batches(dataset, training_clips, (-40.0, 20.0), views=1, batch_size=16, seed=1,
                                              fold=1, epoch=1, device=CPU)))
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    losses, predictions, targets = training.train_epoch(model, optimizer, [batch], 1, CPU, "fp32")
+    losses, predictions, targets = training.train_epoch(model, optimizer, [batch], 1, "fp32", ONE)
     first = Tiny(4)
     first.load_state_dict(before)
     logits = first(batch[0].contiguous(memory_format=torch.channels_last))
@@ -123,7 +126,7 @@ def test_validation_changes_nothing_in_the_model(dataset):
     model = Tiny(4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = dsets.validation_batches(dataset, torch.arange(8), (-40.0, 20.0), batch_size=3, device=CPU)
-    training.validate(model, batches, CPU, "fp32")
+    training.validate(model, batches, "fp32", ONE)
     assert same_weights(before, model.state_dict())
 
 
@@ -133,8 +136,8 @@ def test_each_network_learns_eight_clips_by_heart(dataset, network):
     model = network(8).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
     examples = dsets.normalise(dataset.features[:8, :, :100, :384], -40.0, 20.0)
-    batches = [(examples, torch.arange(8), None)]
-    passes = [training.train_epoch(model, optimizer, batches, 1, CPU, "fp32") for _ in range(20)]
+    batches = [dsets.Batch(examples, torch.arange(8), None, None, torch.arange(8), 8)]
+    passes = [training.train_epoch(model, optimizer, batches, 1, "fp32", ONE) for _ in range(20)]
     assert passes[0][0].mean() > 1.5 and passes[-1][0].mean() < 0.5
     assert torch.equal(passes[-1][1], torch.arange(8))
 
@@ -148,9 +151,10 @@ def test_losses_of_mixed_examples_are_shared_between_their_targets():
     class Fixed(torch.nn.Module):
         def forward(self, examples):
             return logits
-    logits, targets, shares = torch.randn(3, 5), torch.tensor([0, 3, 3]), torch.tensor([0.5, 0.75, 1.0])
-    losses, predictions = training.forward(Fixed(), torch.zeros(3, 1, 100, 384), targets, CPU, "fp32", shares, 0.1)
-    soft = shares[:, None] * F.one_hot(targets, 5) + (1 - shares[:, None]) * F.one_hot(targets.roll(1), 5)
+    logits, shares = torch.randn(3, 5), torch.tensor([0.5, 0.75, 1.0])
+    targets, others = torch.tensor([0, 3, 3]), torch.tensor([4, 0, 2])
+    losses, predictions = training.forward(Fixed(), torch.zeros(3, 1, 100, 384), targets, "fp32", shares, others, 0.1)
+    soft = shares[:, None] * F.one_hot(targets, 5) + (1 - shares[:, None]) * F.one_hot(others, 5)
     torch.testing.assert_close(losses, F.cross_entropy(logits, soft, reduction="none", label_smoothing=0.1))
     assert torch.equal(predictions, logits.argmax(dim=1))
 
@@ -161,7 +165,7 @@ def test_logits_of_several_crops_are_averaged():
             return examples[:, 0, 0, :3]  # an example's own first numbers
     examples = torch.randn(6, 1, 100, 384)
     targets = torch.tensor([2, 0])
-    losses, predictions = training.forward(Each(), examples, targets, CPU, "fp32")
+    losses, predictions = training.forward(Each(), examples, targets, "fp32")
     logits = torch.stack([examples[[i, i + 2, i + 4], 0, 0, :3].mean(dim=0) for i in range(2)])
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
     assert torch.equal(predictions, logits.argmax(dim=1))
@@ -169,7 +173,7 @@ def test_logits_of_several_crops_are_averaged():
 
 def test_the_average_of_weights_follows_its_formula():
     model = Tiny(4)
-    average = training.WeightAverage(model, 0.9)
+    average = optim.WeightAverage(model, 0.9)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(3):
         with torch.no_grad():
@@ -185,11 +189,11 @@ def test_the_average_of_weights_follows_its_formula():
 
 def test_the_cosine_schedule_rises_for_a_tenth_and_falls_to_nothing():
     flags = {"schedule": "cosine", "lr": 2.0, "epochs": 10}
-    rates = [rate for epoch in range(1, 11) for rate in training.learning_rates(flags, epoch, 20)]
+    rates = [rate for epoch in range(1, 11) for rate in optim.learning_rates(flags, epoch, 20)]
     assert rates[:20] == pytest.approx([2.0 * (step + 1) / 20 for step in range(20)])
     assert rates[20] == 2.0 and rates[110] == pytest.approx(1.0) and 0 < rates[-1] < 0.001
     assert all(a > b for a, b in zip(rates[20:], rates[21:]))
-    assert training.learning_rates(flags | {"schedule": "constant"}, 1, 20) is None
+    assert optim.learning_rates(flags | {"schedule": "constant"}, 1, 20) is None
 
 
 def test_what_is_judged_and_kept_are_the_averaged_weights(root, tmp_path):
@@ -202,7 +206,7 @@ def test_what_is_judged_and_kept_are_the_averaged_weights(root, tmp_path):
     model.load_state_dict(checkpoint["model"])
     statistics = (checkpoint["normalisation"]["mean"], checkpoint["normalisation"]["std"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], statistics, batch_size=4, device=CPU, crops=9)
-    losses, predictions, _ = training.validate(model, batches, CPU, checkpoint["precision"])
+    losses, predictions, _ = training.validate(model, batches, checkpoint["precision"], ONE)
     assert torch.equal(predictions, checkpoint["predictions"])
     assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-5)
 
@@ -294,7 +298,7 @@ def test_a_checkpoint_holds_all_that_a_prediction_needs(root, tmp_path):
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, validation, (mean, std), batch_size=4, device=CPU)
     precision = json.loads((run_dir / "run.json").read_text())["precision"]
-    _, predictions, targets = training.validate(model, batches, CPU, precision)
+    _, predictions, targets = training.validate(model, batches, precision, ONE)
     row = runs.read_metrics(run_dir / "seed-42" / "fold-1")[-1]
     assert (predictions == targets).float().mean().item() == row["accuracy"]
 

@@ -1,0 +1,45 @@
+"""How weights move: optimizers, the learning rate's schedule, and their moving average."""
+import copy
+import math
+
+import torch
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def learning_rates(flags: dict, epoch: int, steps: int) -> list[float] | None:
+    """The learning rate of each of an epoch's steps, or None if it is constant.
+
+    cosine: a straight rise to --lr over the first tenth of all steps, then half a cosine down to 0 (Loshchilov & Hutter,
+    "SGDR", ICLR 2017, without restarts).
+    """
+    if flags["schedule"] == "constant":
+        return None
+    total = flags["epochs"] * steps
+    warm_up = max(1, total // 10)
+
+    def rate(step: int) -> float:
+        if step < warm_up:
+            return flags["lr"] * (step + 1) / warm_up
+        return flags["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up)))
+    return [rate((epoch - 1) * steps + step) for step in range(steps)]
+
+
+class WeightAverage:
+    """An exponential moving average of a network's weights and batch statistics, for validation and prediction.
+
+    The averaged network stands in `model`. decay: how much of the average stays at each step (Polyak & Juditsky, 1992,
+    with exponential weights; as in Tarvainen & Valpola, "Mean teachers", NeurIPS 2017).
+    """
+
+    def __init__(self, source: torch.nn.Module, decay: float):
+        self.source, self.decay = source, decay
+        self.model = copy.deepcopy(source)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for averaged, value in zip(self.model.state_dict().values(), self.source.state_dict().values()):
+            if averaged.is_floating_point():
+                averaged.lerp_(value, 1 - self.decay)
+            else:
+                averaged.copy_(value)

@@ -1,0 +1,149 @@
+"""Several processes at one training: as torchrun launches them."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+from conftest import write_root
+
+PROJECT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+# training.py with a network small enough for a test. In a rank named by DIES, the process kills itself in epoch 2.
+TINY_TRAINING = """
+import os, signal, sys
+sys.path[:0] = [{project!r}, {tests!r}]
+import models, training
+from conftest import Tiny
+models.MODELS["cnn8"] = Tiny
+compute = training.compute_metrics
+calls = []
+def dying(*arguments):
+    calls.append(1)
+    if os.environ.get("DIES") == os.environ.get("RANK", "0") and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(*arguments)
+training.compute_metrics = dying
+sys.exit(training.main())
+"""
+
+
+def launch(script: Path, *arguments, ranks: int = 2, **environment) -> subprocess.CompletedProcess:
+    """Run a script with torchrun, or with python for one rank; a minute at most."""
+    command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else [])]
+    return subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+@pytest.fixture(scope="module")
+def tiny_training(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "training.py"
+    path.write_text(TINY_TRAINING.format(project=str(PROJECT), tests=str(PROJECT / "tests")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """9 clips: 3 classes, 3 folds. Without features: the first training computes them."""
+    return write_root(tmp_path_factory.mktemp("ranks") / "root", num_classes=3, folds=3, clips=1)
+
+
+FLAGS = ["--recipe", "strong", "--views", 3, "--batch-size", 4, "--epochs", 3, "--precision", "fp32", "--fold", 1, 2]
+
+
+def results_of(run_dir: Path) -> list:
+    rows = [{name: value for name, value in row.items() if name != "seconds"}
+            for fold in (1, 2) for row in runs.read_metrics(run_dir / "seed-42" / f"fold-{fold}")]
+    weights = [runs.load_checkpoint(run_dir / "seed-42" / f"fold-{fold}" / "last.pt")["model"] for fold in (1, 2)]
+    return [rows, [{name: tensor.tolist() for name, tensor in state.items()} for state in weights]]
+
+
+def test_two_ranks_train_die_and_go_on_to_the_same_bits(tiny_training, root, tmp_path):
+    whole = launch(tiny_training, "--data", root, "--run-dir", tmp_path / "whole", *FLAGS)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("mean +- std") == 1 and "2 ranks" in whole.stdout  # rank 0 alone speaks
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["hardware"]["ranks"] == 2
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert [training["fold"] for training in summary["trainings"]] == [1, 2]
+
+    for rank in ("0", "1"):
+        run_dir = tmp_path / f"killed-{rank}"
+        begin = time.monotonic()
+        killed = launch(tiny_training, "--data", root, "--run-dir", run_dir, *FLAGS, DIES=rank)
+        assert killed.returncode != 0 and time.monotonic() - begin < 60
+        lines = [line for line in killed.stderr.splitlines() if line.startswith("training.py:")]
+        assert len(lines) == 1 and lines[0].endswith(f"--resume {run_dir}"), killed.stderr
+        assert "go on with: torchrun --nproc-per-node=2 training.py" in lines[0]
+        assert runs.load_checkpoint(run_dir / "seed-42" / "fold-1" / "last.pt")["epoch"] == 1
+        if rank == "1":
+            refused = launch(tiny_training, "--resume", run_dir, ranks=1)
+            assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+            assert "was begun with 2 processes, here are 1; launch as many again" in refused.stderr
+            resumed = launch(tiny_training, "--resume", run_dir)
+            assert resumed.returncode == 0, resumed.stderr
+            assert results_of(run_dir) == results_of(tmp_path / "whole")
+
+
+def test_a_mistake_of_the_user_is_told_once(tiny_training, root, tmp_path):
+    for flags, words in ((["--epochs", 0], "--epochs: '0'"), (["--data", root, "--fold", 7], "--fold 7: ")):
+        refused = launch(tiny_training, "--run-dir", tmp_path / "run", *flags)
+        lines = [line for line in refused.stderr.splitlines() if line.startswith("training.py:")]
+        assert refused.returncode != 0 and len(lines) == 1 and words in lines[0], refused.stderr
+
+
+# Two ranks and one process on the same weights, with batch statistics frozen: gradients of a short batch, validation.
+AGREEMENT = """
+import sys
+sys.path[:0] = [{project!r}, {tests!r}]
+import torch
+import dsets, processes, training
+from conftest import Tiny
+torch.set_num_threads(1)
+ranks = processes.Ranks(torch.device("cpu"))
+dataset = dsets.ESC50({root!r})
+torch.manual_seed(0)
+model = Tiny(3)
+network = ranks.together(model)
+class Frozen(torch.nn.Module):  # stays in evaluation mode, as train_epoch would change it
+    def train(self, mode=True):
+        return self
+    def forward(self, x):
+        return network(x)
+network.eval()
+class Keep(torch.optim.SGD):
+    def step(self):
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+gradients = []
+batches = list(dsets.training_batches(dataset, torch.arange(9), (-40.0, 20.0), views=1, batch_size=4, seed=1, fold=1, epoch=1,
+                                      device=ranks.device, mix=1.0, rank=ranks.rank, ranks=ranks.size))
+losses = training.train_epoch(Frozen(), Keep(model.parameters()), batches, 3, "fp32", ranks, label_smoothing=0.1)
+validated = training.validate(model, dsets.validation_batches(dataset, torch.arange(9), (-40.0, 20.0), batch_size=2, crops=9,
+                              device=ranks.device, rank=ranks.rank, ranks=ranks.size), "fp32", ranks)
+if ranks.rank == 0:
+    torch.save([gradients, losses, validated], sys.argv[1])
+ranks.leave()
+"""
+
+
+def test_gradients_and_validation_of_several_ranks_are_those_of_one(root, tmp_path):
+    script = tmp_path / "agreement.py"
+    script.write_text(AGREEMENT.format(project=str(PROJECT), tests=str(PROJECT / "tests"), root=str(root)))
+    found = []
+    for ranks in (1, 3):
+        done = launch(script, tmp_path / f"{ranks}.pt", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
+    (gradients, losses, validated), (shared_gradients, shared_losses, shared_validated) = found
+    assert len(gradients) == 3  # batches of 4, 4 and 1: at the last, other ranks have nothing
+    for step, shared_step in zip(gradients, shared_gradients, strict=True):
+        for gradient, shared in zip(step, shared_step, strict=True):
+            torch.testing.assert_close(shared, gradient, rtol=0, atol=1e-6)
+    for column, shared in zip(losses, shared_losses, strict=True):
+        torch.testing.assert_close(shared, column, rtol=0, atol=1e-6)
+    assert all(torch.equal(column, shared) for column, shared in zip(validated, shared_validated, strict=True))
