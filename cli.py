@@ -1,6 +1,7 @@
 """The command line of training.py: its flags, their defaults, and what cannot be meant by them."""
 import argparse
 import math
+import reprlib
 from pathlib import Path
 
 import models
@@ -140,12 +141,17 @@ def parse_flags(argv: list[str]) -> tuple[dict, dict]:
     if flags["pretrained"] and flags["model"] != "resnet18":
         raise UserError(f"--pretrained: there are weights for resnet18 alone, not for {flags['model']}; "
                         f"add --model resnet18")
+    refuse_folder_names(flags)
+    flags["seed"] = list(dict.fromkeys(flags["seed"]))  # each once, in the order given
+    return flags, given
+
+
+def refuse_folder_names(flags: dict) -> None:
+    """Raise UserError for a comment or prefix that cannot be part of a folder's name."""
     for name in ("comment", "tb_prefix"):
         if set(flags[name]) & set('/\\:*?"<>|') or not flags[name].isprintable() or flags[name] in (".", ".."):
             raise UserError(f"{flag_of(name)} {flags[name]!r}: names a folder, expected printable letters and no "
                             f"/ \\ : * ? \" < > |")
-    flags["seed"] = list(dict.fromkeys(flags["seed"]))  # each once, in the order given
-    return flags, given
 
 
 def flag_of(name: str) -> str:
@@ -162,7 +168,10 @@ def recorded_flags(again: str, given: dict) -> dict:
     record = runs.read_run(run_dir)
     known = {**DEFAULTS, **RECIPES[DEFAULTS["recipe"]]}
     flags = {**known, **record["flags"]}
-    for name in sorted(known):
+    for name in sorted(flags):
+        if name not in known:
+            raise UserError(f"{run_dir / 'run.json'}: flags.{reprlib.repr(name)} is no flag of this program; expected "
+                            f"{', '.join(known)}")
         if flags[name] is None and known[name] is not None:
             raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value")
     argv = []  # as if they had been given: what is wrong with them is found where it always is
@@ -171,9 +180,11 @@ def recorded_flags(again: str, given: dict) -> dict:
             argv += [flag_of(name), *([] if value is True else value if isinstance(value, list) else [value])]
     try:
         parsed = vars(build_parser().parse_args(list(map(str, argv))))
+        flags |= {name: parsed[name] for name in flags if name != "comment" and parsed[name] is not None}
+        flags["comment"] = str(flags["comment"])
+        refuse_folder_names(flags)
     except UserError as error:
-        raise UserError(f"{run_dir / 'run.json'}: {error}") from error
-    flags |= {name: parsed[name] for name in flags if name != "comment" and parsed[name] is not None}
+        raise UserError(f"{run_dir / 'run.json'}: {str(error)[:300]}") from error  # whatever stands there instead of a flag
     flags["data"] = record["data"]["root"]
     if again == "rerun":
         flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}

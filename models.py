@@ -3,10 +3,10 @@
 `python models.py` prints every layer with its input and output shape and its parameter count.
 The shapes in the comments are those of one example of (1, 100 mels, 384 frames).
 """
-import pickle
-
 import torch
 from torch import nn
+
+from recordings import check_weights, first_line, load_tensors
 
 EXAMPLE_SHAPE = (1, 1, 100, 384)  # batch, channels, mels, frames
 
@@ -185,18 +185,18 @@ def load_pretrained(model: ResNet18, source: str) -> None:
             state = torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True,
                                                        weights_only=True)
         else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise a dozen kinds, urllib's and the unpickler's among them
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else \
-            (str(error).strip() or type(error).__name__).splitlines()[0]
+            state = load_tensors(source)
+    except Exception as error:  # urllib and torch raise a dozen kinds
+        reason = first_line(error)
         if source == "imagenet" and isinstance(error, OSError):
             raise ValueError(f"--pretrained imagenet: cannot be fetched from {IMAGENET_URL} ({reason}); check the "
                              f"connection, or fetch it by hand and name the file") from error
         raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors ({reason}); "
                          f"expected torchvision's resnet18 state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"--pretrained {source}: expected a state dict (names to tensors), "
-                         f"as torchvision's resnet18 has")
+    try:
+        check_weights(state)
+    except ValueError as error:
+        raise ValueError(f"--pretrained {source}: {error}; expected a state dict, as torchvision's resnet18 has") from error
     state = dict(state)
     if "conv1.weight" in state and state["conv1.weight"].ndim == 4:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from recordings import check_weights
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -43,3 +45,21 @@ class WeightAverage:
                 averaged.lerp_(value, 1 - self.decay)
             else:
                 averaged.copy_(value)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state) -> None:
+    """Give an Adam the moments of a checkpoint's, for the same parameters; its settings stay its own.
+
+    Raises ValueError with one line if they do not fit.
+    """
+    own = optimizer.state_dict()
+    moments = state.get("state") if isinstance(state, dict) else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(moments, dict) or list(moments) != own["param_groups"][0]["params"]:
+        raise ValueError("the optimizer's state is of other parameters")
+    for parameter, values in zip(parameters, moments.values()):
+        check_weights(values)
+        shapes = {name: value.shape for name, value in values.items()}
+        if shapes != {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise ValueError("the optimizer's state has other shapes than the network's weights")
+    optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})

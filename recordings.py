@@ -9,6 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
+import re
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +26,9 @@ from tqdm import tqdm
 SAMPLE_RATE = 44_100  # Hz, ESC-50's
 CLIP_SAMPLES = 5 * SAMPLE_RATE
 RATE_LIMITS = (1_000, 768_000)  # Hz; from below telephone speech to the fastest audio converters
+MAX_CHANNELS = 64  # the largest microphone arrays on sale
+# Data lengths of WAV files that were written as a stream, before their end was known: by ffmpeg, and by SoX.
+STREAMED = (0xFFFFFFFF, 0x7FFFF000)
 MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
 
 # The mel-spectrogram of the 2023 write-up (DB is torchaudio's and librosa's usual 80 dB and 1e-10).
@@ -31,6 +37,7 @@ TOP_DB = 80.0
 POWER_FLOOR = 1e-10
 FRAMES = CLIP_SAMPLES // MEL["hop_length"] + 1  # 431: a frame at both ends (center=True)
 
+WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)  # int64: BatchNorm's counter
 CACHE_FORMAT = 1  # raised when the layout of the cached features changes
 
 
@@ -59,6 +66,53 @@ def write_whole(path: Path, write) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path: Path):
+    """What a JSON file holds. Raises ValueError with one line if it is no regular file or no JSON."""
+    if not path.is_file():  # a pipe would be waited on for ever
+        raise ValueError("is not a regular file" if path.exists() else "no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(first_line(error)) from error
+
+
+def load_tensors(path: str | Path):
+    """What torch.save wrote into a file, on the CPU: tensors and plain values. Nothing in the file is executed.
+
+    Raises ValueError with one line if it is no such file, or unpacks to more than it is.
+    """
+    if not os.path.isfile(path):
+        raise ValueError("is not a regular file" if os.path.exists(path) else "no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch packs without compressing
+                if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                    raise ValueError("it unpacks to more than it is")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
+        raise ValueError("it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError)
+                         else first_line(error)) from error
+
+
+def check_weights(weights) -> None:
+    """Raise ValueError with one line unless these are names with tensors of finite numbers."""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                                for name, tensor in weights.items()):
+        raise ValueError("expected names with tensors")
+    for name, tensor in weights.items():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in WEIGHT_TYPES:
+            raise ValueError(f"{name} is no plain tensor of numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is larger than what is stored of it")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
 def first_ten(errors: list[str]) -> str:
     """The first ten of the errors that are not empty, and how many more there are, in one line."""
     found = [error for error in errors if error]
@@ -78,7 +132,8 @@ def in_threads(function, items, title: str, progress: bool = True) -> list:
 def open_audio(source, name: str | Path):
     """The soundfile.SoundFile of a path or binary file; `name` stands for it in errors.
 
-    Raises UserError if it is no regular file, cannot be decoded (also while it is read), or has an absurd sample rate.
+    Raises UserError if it is no regular file, cannot be decoded (also while it is read), is shorter than it says, or has
+    an absurd sample rate or number of channels.
     """
     if isinstance(source, Path) and not os.path.isfile(source):  # a pipe would be waited on for ever
         raise UserError(f"{name}: {'is not a regular file' if os.path.exists(source) else 'no such file'}")
@@ -87,6 +142,13 @@ def open_audio(source, name: str | Path):
             if not RATE_LIMITS[0] <= file.samplerate <= RATE_LIMITS[1]:
                 raise UserError(f"{name}: sample rate {file.samplerate} Hz, expected {RATE_LIMITS[0]} to "
                                 f"{RATE_LIMITS[1]} Hz")
+            if file.channels > MAX_CHANNELS:
+                raise UserError(f"{name}: has {file.channels} channels, expected {MAX_CHANNELS} at most")
+            # libsndfile takes what there is and tells in its log alone
+            short = re.search(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+            if short and int(short[1]) not in STREAMED:
+                raise UserError(f"{name}: is cut short: it says {short[1]} bytes of sound and has {short[2]}; fetch or copy it "
+                                f"again")
             yield file
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         # TypeError: headerless, by the file's ending; UnicodeError: a name that is not UTF-8
@@ -98,7 +160,7 @@ def to_mono(samples: np.ndarray, name: str | Path) -> np.ndarray:
 
     Raises UserError if a sample is not a finite number, or far too large.
     """
-    peak = np.abs(samples).max(initial=0)  # NaN if one of them is
+    peak = np.maximum(samples.max(initial=0), -samples.min(initial=0))  # NaN if one of them is
     if not np.isfinite(peak):
         raise UserError(f"{name}: holds samples that are not finite numbers")
     if peak > MAX_AMPLITUDE:
@@ -117,10 +179,10 @@ def load_waveform(path: str | Path) -> torch.Tensor:
         rate = file.samplerate
         # another second lets the resampling filter end past the cut
         frames = CLIP_SAMPLES if rate == SAMPLE_RATE else 6 * rate
-        samples = file.read(frames, dtype="float32", always_2d=True)  # (frames, channels)
-    if len(samples) == 0:
+        blocks = file.blocks(rate, frames=min(frames, file.frames), dtype="float32", always_2d=True)  # (frames, channels)
+        mono = np.concatenate([np.zeros(0, np.float32), *(to_mono(block, path) for block in blocks)])  # -> (frames,)
+    if len(mono) == 0:
         raise UserError(f"{path}: holds no samples")
-    mono = to_mono(samples, path)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     return pad_clip(mono[:CLIP_SAMPLES])
@@ -224,7 +286,7 @@ def load_features(root: str | Path, names: list[str], progress: bool = True) -> 
 def read_cache(path: Path, num_clips: int) -> tuple[torch.Tensor, list[str]] | None:
     """The cached features and file digests, or None if there are none or they are not whole."""
     try:
-        digests = json.loads(path.with_suffix(".json").read_text())
+        digests = read_json(path.with_suffix(".json"))
         features = np.load(path, mmap_mode="c")  # copy on write: nothing done to the tensor reaches the file
         whole = features.shape == (num_clips, 1, MEL["n_mels"], FRAMES) and features.dtype == np.float32 \
             and len(digests) == num_clips

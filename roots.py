@@ -2,10 +2,13 @@
 
 A root is a folder with meta/esc50.csv and audio/*.wav, 16-bit mono at 44 100 Hz, 5 s each.
 """
+import errno
 import http.client
+import lzma
 import os
 import shutil
 import ssl
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -19,10 +22,11 @@ import soundfile
 from tqdm import tqdm
 
 from dsets import NUM_CLASSES, NUM_FOLDS, read_table
-from recordings import CLIP_SAMPLES, SAMPLE_RATE, UserError, first_ten, in_threads, load_waveform, write_whole
+from recordings import CLIP_SAMPLES, SAMPLE_RATE, UserError, first_line, first_ten, in_threads, load_waveform, write_whole
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
-MAX_UNPACKED_BYTES = 4 * 10 ** 9  # the published archive unpacks to 0.9 GB
+MAX_ARCHIVE_BYTES = 2 * 10 ** 9  # the published archive has 0.6 GB
+MAX_UNPACKED_BYTES = 4 * 10 ** 9  # and unpacks to 0.9 GB
 ATTEMPTS = 5  # connections in a row that bring nothing new before the transfer is given up
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 1.0  # seconds between connections
@@ -52,7 +56,7 @@ def download(root: Path, url: str = "") -> None:
         fetch(url, archive)
         shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed attempt
         try:
-            unpack(archive, unpacked)
+            unpack(archive, unpacked, url)
             found = problems(unpacked)
             if found:
                 raise UserError(f"--download: the archive from {url} is not whole: {first_ten(found)}; try again later")
@@ -60,10 +64,6 @@ def download(root: Path, url: str = "") -> None:
         except UserError:
             archive.unlink()  # a further attempt must not go on from it
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # zipfile's all
-            archive.unlink()
-            raise UserError(f"--download: what came from {url} is not a whole zip archive ({error}); "
-                            f"it was removed, try again") from error
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
         archive.unlink()
@@ -90,7 +90,12 @@ def fetch(url: str, path: Path) -> None:
                     while block := response.read(1 << 20):
                         file.write(block)
                         bar.update(len(block))
+                        if file.tell() > MAX_ARCHIVE_BYTES:
+                            break
                     received = file.tell()
+            if received > MAX_ARCHIVE_BYTES:
+                path.unlink()
+                raise UserError(f"--download: {url}: sends more than {MAX_ARCHIVE_BYTES / 1e9:.0f} GB; that is not ESC-50")
             if total is None or received >= total:
                 return
             error = f"the connection ended after {received} of {total} bytes"
@@ -112,13 +117,24 @@ def fetch(url: str, path: Path) -> None:
         time.sleep(PAUSE)
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the files below the archive's one top folder into `folder`.
+def unpack(archive: Path, folder: Path, url: str) -> None:
+    """Unpack the files below the archive's one top folder into `folder`. url: where it came from, for errors.
 
-    Raises UserError for a name that leads out of the folder, a link, or more than 4 GB; BadZipFile if damaged.
+    Raises UserError if it is damaged, or holds a name that leads out of the folder, a link, or more than 4 GB.
     """
+    try:
+        unpack_members(archive, folder)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError,
+            struct.error, OSError) as error:  # all that zipfile raises; OSError: for places before the file, or by bz2
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise
+        raise UserError(f"--download: what came from {url} is not a whole zip archive ({first_line(error)}); it was removed, "
+                        f"try again") from error
+
+
+def unpack_members(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as zipped:
-        members = [member for member in zipped.infolist() if not member.is_dir()]
+        members = [member for member in zipped.infolist() if not member.filename.endswith("/")]
         if sum(member.file_size for member in members) > MAX_UNPACKED_BYTES:
             raise UserError(f"--download: the archive would unpack to more than {MAX_UNPACKED_BYTES / 1e9:.0f} GB; "
                             f"that is not ESC-50")
@@ -131,7 +147,10 @@ def unpack(archive: Path, folder: Path) -> None:
             target = folder.joinpath(*parts[1:])
             if target.exists():
                 raise UserError(f"--download: the archive holds {member.filename!r} twice; that is not ESC-50")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UserError(f"--download: the archive holds {member.filename!r} below a file; that is not ESC-50") from error
             with zipped.open(member) as source, open(target, "xb") as file:  # reads no more than file_size says
                 shutil.copyfileobj(source, file, 1 << 20)
 

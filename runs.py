@@ -9,9 +9,10 @@ Every file is written aside and renamed: whatever kills the program, a file is t
 """
 import contextlib
 import json
+import math
 import os
-import pickle
 import platform
+import reprlib
 import statistics
 import subprocess
 import time
@@ -29,13 +30,15 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import plots
-from recordings import UserError, write_whole
+from recordings import UserError, check_weights, load_tensors, read_json, write_whole
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 ROW_KEYS = ("seed", "fold", "epoch", "phase", "loss", "accuracy", "precision", "recall", "f1", "seconds")
 CHECKPOINT_FORMAT = 1  # raised when the meaning of a checkpoint's keys changes
-CHECKPOINT_KEYS = {"format", "model", "model_name", "classes", "features", "normalisation", "flags", "versions", "seed",
-                   "fold", "precision", "epoch", "history", "best", "predictions"}
+CHECKPOINT_TYPES = {"format": int, "model": dict, "model_name": str, "classes": list, "features": dict, "normalisation": dict,
+                    "flags": dict, "versions": dict, "seed": int, "fold": int, "precision": str, "epoch": int,
+                    "history": list, "best": dict, "predictions": torch.Tensor}
+MAX_THREADS = 1024  # more cores than a machine has
 RECORD_TYPES = {"flags": dict, "flags.seed": list, "flags.fold": list, "device": str, "precision": str, "data.root": str,
                 "data.fingerprint": str, "versions": dict, "hardware.threads": int, "git": dict}
 
@@ -89,21 +92,19 @@ def read_run(run_dir: Path) -> dict:
     """run.json of a run's folder. Raises UserError where the folder is none."""
     path = run_dir / "run.json"
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("is not a regular file")
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(path)
+    except ValueError as error:
         raise UserError(f"{run_dir}: is not a run's folder: run.json cannot be read ({error})") from error
     for names, kind in RECORD_TYPES.items():
         value = record
         for name in names.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if not isinstance(value, kind):
-            raise UserError(f"{path}: {names} is {value!r}, expected a {kind.__name__}; name the folder of a run that "
+            raise UserError(f"{path}: {names} is {reprlib.repr(value)}, expected a {kind.__name__}; name the folder of a run that "
                             f"training.py made")
-    if record["precision"] not in ("fp32", "bf16") or record["hardware"]["threads"] < 1:
-        raise UserError(f"{path}: precision {record['precision']!r} and {record['hardware']['threads']} threads; expected "
-                        f"fp32 or bf16, and at least 1 thread")
+    if record["precision"] not in ("fp32", "bf16") or not 1 <= record["hardware"]["threads"] <= MAX_THREADS:
+        raise UserError(f"{path}: precision {reprlib.repr(record['precision'])} and {record['hardware']['threads']} threads; "
+                        f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads")
     return record
 
 
@@ -183,11 +184,6 @@ def locked(folder: Path):
         lock.release()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     def write(part: Path) -> None:
         with open(part, "wb") as file:
@@ -202,20 +198,63 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint that training.py wrote, on the CPU. Raises UserError for any other file; executes nothing in it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
-        reason = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) \
-            else first_line(error)
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
+        content = load_tensors(path)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    if not isinstance(content, dict) or not CHECKPOINT_TYPES.keys() <= content.keys():
         raise UserError(f"{path}: is not a checkpoint of this program")
-    if not isinstance(content["format"], int) or content["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: has checkpoint format {content['format']}, expected {CHECKPOINT_FORMAT}; "
+    if type(content["format"]) is not int or content["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: has checkpoint format {reprlib.repr(content['format'])}, expected {CHECKPOINT_FORMAT}; "
                         f"use the version of this program that wrote it")
+    try:
+        check_checkpoint(content)
+    except ValueError as error:
+        raise UserError(f"{path}: is not a whole checkpoint ({error})") from error
     return content
+
+
+def check_checkpoint(content: dict) -> None:
+    """Raise ValueError, with one line, unless the parts of a checkpoint are what they should be."""
+    for name, kind in CHECKPOINT_TYPES.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{name} is a {type(content[name]).__name__}")
+        if kind in (dict, list) and name != "model":
+            try:
+                json.dumps(content[name])  # fails for tensors in it, and for what holds itself
+            except (TypeError, ValueError, RecursionError):
+                raise ValueError(f"{name} holds more than plain values") from None
+    for name in ("model", "trained_model"):
+        if name in content:
+            check_weights(content[name])
+    classes, predictions = content["classes"], content["predictions"]
+    if not classes or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ValueError("classes are not different names")
+    mean, std = (content["normalisation"].get(name) for name in ("mean", "std"))
+    if not (isinstance(mean, float) and isinstance(std, float) and math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"normalisation is not by two finite numbers, but {reprlib.repr(mean)} and {reprlib.repr(std)}")
+    if content["precision"] not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {reprlib.repr(content['precision'])}, expected fp32 or bf16")
+    if content["flags"].get("crops") not in (1, 9):
+        raise ValueError(f"flags.crops is {reprlib.repr(content['flags'].get('crops'))}, expected 1 or 9")
+    check_weights({"predictions": predictions})
+    if predictions.dtype != torch.int64 or predictions.ndim != 1 or not ((0 <= predictions) & (predictions < len(classes))).all():
+        raise ValueError("predictions are not indices of classes")
+    for row in [*content["history"], content["best"]]:
+        check_row(row)
+    if len(content["history"]) != 2 * content["epoch"]:
+        raise ValueError(f"epoch is {content['epoch']}, with {len(content['history'])} rows of metrics, expected two an epoch")
+
+
+def check_row(row) -> dict:
+    """A row of metrics, if it is one. Raises ValueError with one line otherwise."""
+    if not isinstance(row, dict) or not set(ROW_KEYS) <= row.keys() or row["phase"] not in ("training", "validation") \
+            or not all(type(row[name]) is int and row[name] >= 0 for name in ("seed", "fold", "epoch")) \
+            or not all(type(row[name]) in (int, float) and abs(row[name]) < math.inf for name in (*METRICS, "seconds")):
+        raise ValueError(f"{reprlib.repr(row)} is not a row of metrics")
+    return {name: row[name] for name in ROW_KEYS}
 
 
 def write_metrics(folder: Path, history: list[dict]) -> None:
@@ -229,19 +268,18 @@ def read_metrics(folder: Path) -> list[dict]:
 
     Raises UserError for any other line that is not a row.
     """
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
         return []
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            rows.append({name: row[name] for name in ROW_KEYS})
-        except (ValueError, KeyError, TypeError):
+            rows.append(check_row(json.loads(line)))
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not a row of metrics; remove the file: "
-                                f"--resume writes it anew from last.pt") from None
+                raise UserError(f"{path}: line {number} is not a row of metrics; remove the file: --resume writes it anew from "
+                                f"last.pt") from None
     return rows
 
 
@@ -372,5 +410,5 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
     changes += [f"{name}: {record[name]} then, {other[name]} now" for name in ("device", "precision")
                 if record[name] != other[name]]
     changes += [f"the code had changes that were not committed ({when})"
-                for when, one in (("then", record), ("now", other)) if one["git"]["dirty"]]
+                for when, one in (("then", record), ("now", other)) if one["git"].get("dirty")]
     return [*lines, "not identical; what could explain it:", *(changes or ["nothing that was recorded differs"])]

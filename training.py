@@ -8,6 +8,7 @@
 import contextlib
 import math
 import os
+import reprlib
 import shlex
 import signal
 import sys
@@ -32,7 +33,7 @@ import plots
 import roots
 import runs
 from processes import Ranks, is_lost_rank, launched_rank, launcher
-from recordings import UserError
+from recordings import UserError, first_line
 
 
 class Interrupted(KeyboardInterrupt):
@@ -153,12 +154,16 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     judged = average.model if average else model  # what is validated, kept and predicts
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
     if resumed:
-        checkpoint = load_last(folder / "last.pt", flags, seed, fold, precision)
+        checkpoint = load_last(folder / "last.pt", flags, seed, fold, precision, len(validation))
         state = {name: checkpoint[name] for name in state}
-        judged.load_state_dict(checkpoint["model"])
-        if average:
-            model.load_state_dict(checkpoint["trained_model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            judged.load_state_dict(checkpoint["model"])
+            if average:
+                model.load_state_dict(checkpoint["trained_model"])
+            optim.load_state(optimizer, checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:  # what load_state_dict misses stands in its last line
+            raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()}); "
+                            f"remove it, and --resume begins this training anew") from error
     constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
                  "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
                  "normalisation": {"mean": statistics[0], "std": statistics[1]},
@@ -234,17 +239,21 @@ def open_board(folder: Path) -> SummaryWriter:
     return SummaryWriter(str(folder))
 
 
-def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str) -> dict:
+def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str, num_clips: int) -> dict:
     """The checkpoint to go on from. Raises UserError if it is damaged or another training's."""
     try:
         checkpoint = runs.load_checkpoint(path)
+        if checkpoint["epoch"] > flags["epochs"]:
+            raise UserError(f"{path}: is of epoch {checkpoint['epoch']}, the run has {flags['epochs']}")
         if "optimizer" not in checkpoint or (flags["average"] and "trained_model" not in checkpoint):
             raise UserError(f"{path}: holds no optimizer state, which a training needs to go on")
+        if len(checkpoint["predictions"]) != num_clips:
+            raise UserError(f"{path}: predicts {len(checkpoint['predictions'])} clips, the fold has {num_clips}")
         now = {**flags, "seed": seed, "fold": fold, "precision": precision}
         then = {**checkpoint["flags"], **{name: checkpoint[name] for name in ("seed", "fold", "precision")}}
         for name in sorted(now.keys() - cli.WHERE_ONLY - {"epochs"}):
             if now[name] != then.get(name):
-                raise UserError(f"{path}: was trained with {name} {then.get(name)}, the run has {now[name]}")
+                raise UserError(f"{path}: was trained with {name} {reprlib.repr(then.get(name))}, the run has {now[name]}")
     except UserError as error:
         raise UserError(f"{error}; remove it, and --resume begins this training anew") from error
     return checkpoint
@@ -423,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         elif "allocate memory" in str(error):  # how torch's CPU allocator says it
             message = "--batch-size: the memory does not hold it; choose a smaller one"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile: torch cannot compile here ({runs.first_line(error)}); leave it out"
+            message = f"--compile: torch cannot compile here ({first_line(error)}); leave it out"
         else:
             raise
     except Interrupted as interruption:

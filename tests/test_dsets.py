@@ -54,9 +54,16 @@ def test_bad_tables_are_refused(own_root, change, words):
         dsets.read_table(own_root)
 
 
+HEADER = b"filename,fold,target,category,esc10"
+
+
 @pytest.mark.parametrize("content, words", [(b"\xff\xfe\x00", "cannot be read as a comma-separated table"),
-                                            (b"", "cannot be read as a comma-separated table"),
-                                            (b'filename,fold\n"a,1\n', "cannot be read as a comma-separated table")])
+                                            (b"", "begins with an empty line, or is empty"),
+                                            (b'filename,fold\n"a,1\n', "has no column target, category, esc10"),
+                                            (HEADER + b",fold\n", "names a column twice"),
+                                            (HEADER + b'\n"a,1,0,dog,True\n', "cannot be read as a .* table .*end of data"),
+                                            (HEADER + b"\n\na,1,0,dog\n", "line 3: has 4 cells, its header 5"),
+                                            (HEADER + b"\n" * 16_000_001, "has 16 MB, expected 16 at most")])
 def test_files_that_are_no_table_are_refused(own_root, content, words):
     (own_root / "meta" / "esc50.csv").write_bytes(content)
     with pytest.raises(dsets.UserError, match=words):
@@ -81,7 +88,7 @@ def test_rows_with_more_cells_than_the_header_are_refused(own_root):
     path = own_root / "meta" / "esc50.csv"
     head, *rows = path.read_text().splitlines()
     path.write_text("\n".join([head, *(row + "," for row in rows)]))
-    with pytest.raises(dsets.UserError, match="its rows have more cells than its header has"):
+    with pytest.raises(dsets.UserError, match="line 2: has 8 cells, its header 7"):
         dsets.read_table(own_root)
 
 

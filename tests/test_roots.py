@@ -216,6 +216,12 @@ def test_download_refuses_an_archive_that_unpacks_to_too_much(server, tmp_path, 
     assert not (tmp_path / "ESC-50").exists()
 
 
+def test_download_refuses_a_server_that_never_ends(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(roots, "MAX_ARCHIVE_BYTES", 10 ** 6)
+    refused(tmp_path / "ESC-50", server, "sends more than .* that is not ESC-50")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_download_refuses_an_archive_without_a_clip_of_the_table(server, published, tmp_path):
     name = sorted(path.name for path in (published / "audio").iterdir())[0]
     server.content = zip_of(published, leave_out=name)
