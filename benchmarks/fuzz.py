@@ -1,0 +1,400 @@
+"""Does anything read from outside bring the program down? Mutated recordings, tables, archives, checkpoints, records.
+
+    python benchmarks/fuzz.py [--cases 10000] [--seed 0]
+
+Every case is one that hypothesis draws (seeded) and must end in right features or a message of one line: any other
+exception, a case of more than 10 s, more than 1 GB of memory (Linux), a file outside the case's own folder or a pickle that
+was executed ends the run with status 1 and the smallest such case. tests/test_fuzz.py runs a few hundred of the same cases.
+"""
+import argparse
+import collections
+import copy
+import faulthandler
+import io
+import json
+import os
+import re
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import wave
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
+import dsets
+import models
+import predict
+import recordings
+import roots
+import runs
+from recordings import UserError
+
+SECONDS = 10
+counts = collections.Counter()  # of each kind's outcomes
+
+
+class Case:
+    """A folder for one case; leaving it checks what was left in the folder and how long it took."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __enter__(self) -> Path:
+        self.parent = tempfile.TemporaryDirectory()
+        self.folder = Path(self.parent.name) / "case"
+        self.folder.mkdir()
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # a hang in C, which no exception ends
+        self.begin = time.perf_counter()
+        return self.folder
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        seconds = time.perf_counter() - self.begin
+        faulthandler.cancel_dump_traceback_later()
+        left = os.listdir(self.parent.name)
+        self.parent.cleanup()
+        assert seconds < SECONDS, f"{self.kind}: took {seconds:.1f} s"
+        assert left == ["case"], f"{self.kind}: left {left} beside its folder"
+        if isinstance(error, UserError) or (isinstance(error, ValueError) and self.kind == "weights"):
+            assert str(error).strip() and len(str(error).splitlines()) == 1, f"{self.kind}: {error!r} is not one line"
+            assert len(str(error)) < 2000, f"{self.kind}: a message of {len(str(error))} characters"
+            counts[self.kind, "refused"] += 1
+            return True
+        if error is None:
+            counts[self.kind, "taken"] += 1
+        return False
+
+
+# --- what mutates -----------------------------------------------------------------------------------------------------
+
+@st.composite
+def mutated(draw, contents: list[bytes], header: int = 80):
+    """One of the contents, cut short, or with some bytes or 32-bit numbers changed, mostly among the first `header`."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    for _ in range(draw(st.integers(0, 3))):
+        place = draw(st.integers(0, min(header, len(content)) - 1) | st.integers(0, len(content) - 1))
+        change = draw(st.sampled_from(["byte", "number", "cut out", "repeat"]))
+        if change == "byte":
+            content[place] = draw(st.integers(0, 255))
+        elif change == "number":
+            extremes = st.sampled_from([0, 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 10 ** 9, 4 * 10 ** 9])
+            number = draw(extremes | st.integers(0, 2 ** 32 - 1))
+            content[place:place + 4] = struct.pack(draw(st.sampled_from("<>")) + "I", number)
+        else:
+            end = place + draw(st.integers(1, 64))
+            content[place:end] = b"" if change == "cut out" else content[place:end] * 2
+        if not content:
+            break
+    if draw(st.integers(0, 3)) == 0:
+        content = content[:draw(st.integers(0, min(header, len(content))) | st.integers(0, len(content)))]
+    return bytes(content)
+
+
+def sounds() -> list[bytes]:
+    """Short recordings in every way that is likely to be met."""
+    rng = np.random.default_rng(0)
+    made = []
+    for kind, subtype, channels, rate in [
+            ("WAV", "PCM_16", 1, 44_100), ("WAV", "PCM_16", 2, 44_100), ("WAV", "PCM_U8", 1, 44_100), ("WAV", "PCM_24", 1, 48_000),
+            ("WAV", "FLOAT", 1, 44_100), ("WAV", "DOUBLE", 2, 22_050), ("WAV", "ULAW", 1, 8_000), ("WAV", "IMA_ADPCM", 1, 44_100),
+            ("WAVEX", "PCM_16", 2, 44_100), ("FLAC", "PCM_16", 1, 44_100), ("OGG", "VORBIS", 1, 44_100),
+            ("AIFF", "PCM_16", 1, 44_100), ("MP3", "MPEG_LAYER_III", 1, 44_100), ("W64", "PCM_16", 1, 44_100),
+            ("RF64", "PCM_16", 1, 44_100), ("AU", "PCM_16", 1, 44_100), ("CAF", "PCM_16", 1, 44_100)]:
+        buffer = io.BytesIO()
+        soundfile.write(buffer, rng.uniform(-0.5, 0.5, (2000, channels)), rate, format=kind, subtype=subtype)
+        made.append(buffer.getvalue())
+    for value in (np.nan, np.inf, 1e-40, 0.0, 1e38):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, np.full(1000, value, np.float32), 44_100, format="WAV", subtype="FLOAT")
+        made.append(buffer.getvalue())
+    return made
+
+
+SOUNDS = sounds()
+LOG_MEL = recordings.LogMel()
+
+
+def plain_pcm(content: bytes) -> np.ndarray | None:
+    """The samples (frames, channels) of a whole 16-bit WAV at 44 100 Hz as Python's own reader has them, else None."""
+    try:
+        with wave.open(io.BytesIO(content)) as file:
+            if (file.getsampwidth(), file.getframerate()) != (2, 44_100):
+                return None
+            data = file.readframes(file.getnframes())
+            if len(data) != file.getnframes() * 2 * file.getnchannels():
+                return None
+            return np.frombuffer(data, "<i2").reshape(-1, file.getnchannels()) / np.float32(2 ** 15)
+    except (wave.Error, EOFError, RuntimeError, struct.error):
+        return None
+
+
+@given(st.data())
+def recording(data):
+    """A mutated recording: refused, or a finite waveform that is Python's own reader's where that reads it."""
+    content = data.draw(mutated(SOUNDS))
+    with Case("recording") as folder:
+        path = folder / "a.wav"
+        path.write_bytes(content)
+        waveform = recordings.load_waveform(path)
+        assert waveform.shape == (1, 220_500) and waveform.dtype == torch.float32 and waveform.isfinite().all()
+        feature = LOG_MEL(waveform)
+        assert feature.shape == (1, 128, 431) and feature.isfinite().all()
+        assert feature.max() - feature.min() <= recordings.TOP_DB + 1e-3
+        expected = plain_pcm(content)
+        if expected is not None:
+            padded = np.zeros(220_500, np.float32)
+            mono = expected[:220_500].mean(axis=1)
+            padded[:len(mono)] = mono
+            np.testing.assert_allclose(waveform[0].numpy(), padded, atol=1e-6)
+
+
+@given(st.integers(0, 4044))
+def cut_short(length):
+    """A 16-bit WAV cut anywhere is refused: its missing end must not become silence."""
+    with Case("cut short") as folder:
+        path = folder / "a.wav"
+        path.write_bytes(SOUNDS[0][:length])
+        waveform = recordings.load_waveform(path)
+        assert length == len(SOUNDS[0]) and waveform.abs().max() > 0
+
+
+CELLS = st.text(max_size=5) | st.sampled_from(
+    ["-1", "0", "1", "3.5", "5", "6", "50", "dog", "", " ", "True", "false", "nan", "1e3", "１", "été 1.wav", "a b.wav", "/etc/passwd",
+     "../../secret.wav", "..\\secret.wav", "C:a.wav", "x" * 300, '"', ",", "\n", "\0", "\r\n", "\ufeff"])
+HEADER = "filename,fold,target,category,esc10"
+ROW = st.tuples(st.sampled_from(["a.wav", "b.wav"]), st.sampled_from("12"), st.just("0"), st.just("dog"), st.just("True")).map(list)
+
+
+@st.composite
+def tables(draw) -> bytes:
+    """A table with odd cells, separators, endings, encodings."""
+    rows = draw(st.lists(ROW | st.lists(CELLS, min_size=0, max_size=7), max_size=4))
+    header = draw(st.sampled_from([HEADER, HEADER.replace("fold,", ""), HEADER + ",fold", HEADER.upper(), ""]))
+    ending = draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    quote = draw(st.sampled_from([lambda cell: cell, lambda cell: '"' + cell.replace('"', '""') + '"']))
+    text = ending.join([header, *(",".join(map(quote, row)) for row in rows)])
+    content = text.encode(draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])), errors="surrogatepass")
+    return draw(st.just(content) | mutated([content or b"\n"]))
+
+
+@given(tables())
+def table(content):
+    """A table: refused, or rows within the limits that name files of the folder's own."""
+    with Case("table") as folder:
+        (folder / "meta").mkdir()
+        (folder / "meta" / "esc50.csv").write_bytes(content)
+        rows = dsets.read_table(folder)
+        assert rows["fold"].between(1, 5).all() and rows["target"].between(0, 49).all() and rows["filename"].is_unique
+        for name in rows["filename"]:
+            assert (folder / "audio" / name).resolve().parent == (folder / "audio").resolve()
+
+
+@st.composite
+def archives(draw) -> bytes:
+    """A zip of a root with hostile names, links, lies about sizes, and mutated bytes."""
+    buffer = io.BytesIO()
+    names = st.sampled_from(
+        ["ESC-50-master/meta/esc50.csv", "ESC-50-master/audio/a.wav", "ESC-50-master/audio", "ESC-50-master/audio/a.wav/b", "../../evil",
+         "/evil", "ESC-50-master/../../evil", "C:\\evil", "top\\..\\..\\evil", "file", "", "a/b\0c", "é/ü"])
+    ways = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    with zipfile.ZipFile(buffer, "w") as zipped, warnings.catch_warnings(action="ignore"):  # of names written twice
+        for name in draw(st.lists(names, max_size=5)):
+            info = zipfile.ZipInfo(name)
+            info.compress_type = draw(ways)
+            if draw(st.booleans()):
+                info.external_attr = 0o120777 << 16  # a link
+            zipped.writestr(info, draw(st.sampled_from([b"", b"../../../evil", HEADER.encode(), b"0" * 100_000])))
+    content = buffer.getvalue()
+    return draw(st.just(content) | mutated([content], header=len(content)))
+
+
+@given(archives())
+def archive(content):
+    """An archive: refused, or unpacked below its folder."""
+    with Case("archive") as folder:
+        (folder / "a.zip").write_bytes(content)
+        roots.unpack(folder / "a.zip", folder / "unpacked", "https://example.org/a.zip")
+        assert not any(path.is_symlink() for path in folder.rglob("*"))
+
+
+# --- checkpoints and records ------------------------------------------------------------------------------------------
+
+EXECUTED = Path(tempfile.gettempdir()) / f"esc50-fuzz-executed-{os.getpid()}"
+
+
+class Hostile:
+    """What a pickle that runs code when it is read holds."""
+
+    def __reduce__(self):
+        return (os.system, (f"touch {EXECUTED}",))
+
+
+class Small(torch.nn.Module):
+    """A network of few weights."""
+
+    def __init__(self, num_classes: int = 2):
+        super().__init__()
+        self.fc = torch.nn.Linear(2, num_classes)
+
+
+def row(epoch: int, phase: str) -> dict:
+    return {"seed": 42, "fold": 1, "epoch": epoch, "phase": phase, "seconds": 0.5, **{metric: 0.5 for metric in runs.METRICS}}
+
+
+def good_checkpoint() -> dict:
+    flags = {**cli.DEFAULTS, **cli.RECIPES["blog"]}
+    features = {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]}
+    history = [row(1, "training"), row(1, "validation")]
+    return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"], "features": features,
+            "normalisation": {"mean": -20.0, "std": 10.0}, "flags": flags, "versions": {}, "seed": 42, "fold": 1,
+            "precision": "fp32", "epoch": 1, "history": history, "best": history[1], "predictions": torch.tensor([0, 1])}
+
+
+def packed(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+deep: list = []
+for _ in range(200):
+    deep = [deep]
+PLAIN = [None, True, -1, 0, 3, 0.5, float("nan"), float("inf"), "", "text", "x" * 5000, "two\nlines", [], {}, {"a": 1}, deep]
+VALUES = st.sampled_from(PLAIN + [10 ** 30, ["cat"], ["cat", "cat"], ["a", "b", "c"], torch.zeros(2), torch.tensor([0, 7]),
+                                  torch.full((2, 2), torch.nan), torch.zeros(1).expand(10 ** 12), torch.zeros(2, 2).to_sparse()])
+JSON_VALUES = st.sampled_from(PLAIN + [10 ** 400, [1], ["../x"], "../../evil", "--help", "-1"])
+
+
+@st.composite
+def edited(draw, content, values, hostile=None):
+    """The content with one or two of its values, at any depth, replaced, removed, or joined by others."""
+    for _ in range(draw(st.integers(1, 2))):
+        place = content
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(place[key], (dict, list)) and place[key] is not deep and draw(st.booleans()):
+                place = place[key]
+                continue
+            change = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+            if change == "remove":
+                del place[key]
+            elif change == "add" and isinstance(place, dict):
+                place[draw(st.sampled_from(["", "other", "fc.weight", "resume"]))] = copy.deepcopy(draw(values))
+            else:
+                place[key] = hostile if hostile and draw(st.integers(0, 9)) == 0 else copy.deepcopy(draw(values))
+            break
+    return content
+
+
+def is_good_predictor(path: Path) -> None:
+    network = predict.Predictor(path).network
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+
+
+@given(st.data())
+def checkpoint(data):
+    """A checkpoint with values changed, or its bytes: refused, or a network of finite weights; nothing in it executed."""
+    models.MODELS["cnn8"] = Small
+    content = data.draw(edited(good_checkpoint(), VALUES, Hostile()))
+    content = packed(content)
+    if data.draw(st.integers(0, 3)) == 0:
+        content = data.draw(mutated([content, packed([1, 2]), SOUNDS[0]], header=len(content)))
+    with Case("checkpoint") as folder:
+        try:
+            (folder / "last.pt").write_bytes(content)
+            is_good_predictor(folder / "last.pt")
+        finally:
+            assert not EXECUTED.exists(), "a pickle was executed"
+
+
+RESNET = {name: torch.zeros_like(tensor) for name, tensor in models.ResNet18(2).state_dict().items()}
+
+
+@given(st.data())
+def weights(data):
+    """Pretrained weights that are not: refused, or finite weights."""
+    content = packed(data.draw(edited(dict(RESNET), VALUES, Hostile())))
+    with Case("weights") as folder:
+        (folder / "weights.pth").write_bytes(content)
+        model = models.ResNet18(2)
+        models.load_pretrained(model, str(folder / "weights.pth"))
+        assert not EXECUTED.exists() and all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def good_record() -> dict:
+    return {"command": ["training.py"], "started": "", "flags": {**cli.DEFAULTS, **cli.RECIPES["blog"]}, "device": "cpu",
+            "precision": "fp32", "versions": {"torch": "2"}, "hardware": {"threads": 2, "ranks": 1},
+            "git": {"commit": None, "dirty": None}, "data": {"root": "data", "clips": 4, "classes": ["cat"], "fingerprint": "0"}}
+
+
+@given(st.data())
+def record(data):
+    """run.json and metrics.jsonl, edited by hand: --resume and --rerun, the summary and its table refuse them or understand."""
+    text = json.dumps(data.draw(edited(good_record(), JSON_VALUES))).encode()
+    if data.draw(st.integers(0, 3)) == 0:
+        text = data.draw(mutated([text, b"[" * 100_000], header=len(text)))
+    rows = [data.draw(edited(row(epoch, phase), JSON_VALUES)) if data.draw(st.integers(0, 3)) == 0 else row(epoch, phase)
+            for epoch in (1, 2) for phase in ("training", "validation")]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    if data.draw(st.integers(0, 3)) == 0:
+        lines = data.draw(mutated([lines], header=len(lines)))
+    again = data.draw(st.sampled_from(["--resume", "--rerun"]))
+    with Case("record") as folder:
+        training = folder / "seed-42" / "fold-1"
+        training.mkdir(parents=True)
+        (folder / "run.json").write_bytes(text)
+        (training / "metrics.jsonl").write_bytes(lines)
+        runs.summary_table(runs.summarise(folder, 2))
+        flags, _ = cli.parse_flags([again, str(folder)])
+        assert not re.search(r"[/\\]", flags["comment"] + flags["tb_prefix"])
+        runs.compare_runs(folder, folder)
+
+
+PROPERTIES = {recording: 40, cut_short: 4, table: 20, archive: 15, checkpoint: 10, weights: 1, record: 10}  # % of the cases
+
+
+def run_cases(function, cases: int, seed_number: int) -> None:
+    """Let hypothesis draw so many cases for one of the properties, the same for the same seed."""
+    limits = settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    seed(seed_number)(limits(function))()
+
+
+def peak_bytes() -> int | None:
+    """The most memory this process has had, or None where the system does not tell so."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for function, share in PROPERTIES.items():
+        begin = time.perf_counter()
+        run_cases(function, args.cases * share // 100, args.seed)
+        name = function.__name__.replace("_", " ")
+        print(f"{name:>12}: {counts[name, 'refused']:>6} refused, {counts[name, 'taken']:>6} taken, "
+              f"{time.perf_counter() - begin:.0f} s", flush=True)
+    peak = peak_bytes()
+    print(f"{sum(counts.values())} cases; most memory {peak / 1e9:.2f} GB" if peak else f"{sum(counts.values())} cases")
+    return 1 if peak and peak > 1e9 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
