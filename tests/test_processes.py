@@ -1,6 +1,7 @@
 """Several processes at one training: as torchrun launches them."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,3 +148,21 @@ def test_gradients_and_validation_of_several_ranks_are_those_of_one(root, tmp_pa
     for column, shared in zip(losses, shared_losses, strict=True):
         torch.testing.assert_close(shared, column, rtol=0, atol=1e-6)
     assert all(torch.equal(column, shared) for column, shared in zip(validated, shared_validated, strict=True))
+
+
+def test_jobs_of_an_array_share_a_folder_and_what_one_lost_is_resumed(tiny_training, root, tmp_path):
+    flags = [*FLAGS[:-3], "--run-dir", tmp_path / "shared", "--data", root]
+    jobs = [subprocess.Popen([sys.executable, str(tiny_training), *map(str, flags), "--fold", str(fold)], stdout=subprocess.DEVNULL,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "DIES": "0" if fold == 2 else "nobody"})
+            for fold in (1, 2, 3)]
+    assert [job.wait(timeout=60) for job in jobs] == [0, -signal.SIGKILL, 0]
+    summary = json.loads((tmp_path / "shared" / "summary.json").read_text())
+    assert [training["fold"] for training in summary["trainings"]] == [1, 3]
+    resumed = launch(tiny_training, "--resume", tmp_path / "shared", ranks=1)
+    assert resumed.returncode == 0 and "seed 42 fold 2" in resumed.stdout and "going on after epoch 1" in resumed.stdout
+    assert "seed 42 fold 1" not in resumed.stdout and "mean +- std" in resumed.stdout
+    alone = launch(tiny_training, *flags[:-4], "--run-dir", tmp_path / "alone", "--data", root, "--fold", 1, 2, 3, ranks=1)
+    assert alone.returncode == 0, alone.stderr
+    assert results_of(tmp_path / "shared") == results_of(tmp_path / "alone")
+    assert json.loads((tmp_path / "shared" / "summary.json").read_text())["mean"] == json.loads(
+        (tmp_path / "alone" / "summary.json").read_text())["mean"]
