@@ -57,7 +57,7 @@ class Predictor(torch.nn.Module):
             self.network = models.build_model(checkpoint["model_name"], len(self.classes))
             self.network.load_state_dict(checkpoint["model"])
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()  # load_state_dict says it last
+            reason = str(error).strip().splitlines()[-1].strip()[:300]  # load_state_dict says it last
             raise UserError(f"{path}: is not a whole checkpoint ({reason})") from error
         self.mean, self.std = (checkpoint["normalisation"][name] for name in ("mean", "std"))
         self.crops, self.precision = checkpoint["flags"]["crops"], checkpoint["precision"]

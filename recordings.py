@@ -67,8 +67,8 @@ def write_whole(path: Path, write) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, 300 characters at most, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_json(path: Path):

@@ -162,7 +162,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
                 model.load_state_dict(checkpoint["trained_model"])
             optim.load_state(optimizer, checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:  # what load_state_dict misses stands in its last line
-            raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()}); "
+            raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()[:300]}); "
                             f"remove it, and --resume begins this training anew") from error
     constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
                  "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import dsets
+import processes
 import runs
-from conftest import write_root
+import training
+from conftest import Tiny, write_root
 
 PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -51,8 +54,8 @@ def tiny_training(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """9 clips: 3 classes, 3 folds. Without features: the first training computes them."""
-    return write_root(tmp_path_factory.mktemp("ranks") / "root", num_classes=3, folds=3, clips=1)
+    """18 clips: 3 classes, 3 folds. Without features: the first training computes them."""
+    return write_root(tmp_path_factory.mktemp("ranks") / "root", num_classes=3, folds=3)
 
 
 FLAGS = ["--recipe", "strong", "--views", 3, "--batch-size", 4, "--epochs", 3, "--precision", "fp32", "--fold", 1, 2]
@@ -65,13 +68,26 @@ def results_of(run_dir: Path) -> list:
     return [rows, [{name: tensor.tolist() for name, tensor in state.items()} for state in weights]]
 
 
+def check_validation(root: Path, path: Path) -> None:
+    """The last validation, which the ranks shared out, is what one process finds with the weights that were kept."""
+    checkpoint, dataset = runs.load_checkpoint(path), dsets.ESC50(root)
+    model = Tiny(3)
+    model.load_state_dict(checkpoint["model"])
+    stats = (checkpoint["normalisation"]["mean"], checkpoint["normalisation"]["std"])
+    batches = dsets.validation_batches(dataset, dataset.split(1)[1], stats, batch_size=4, device=torch.device("cpu"), crops=9)
+    losses, predictions, _ = training.validate(model, batches, "fp32", processes.Ranks(torch.device("cpu")))
+    assert torch.equal(predictions, checkpoint["predictions"])
+    assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-6)
+
+
 def test_two_ranks_train_die_and_go_on_to_the_same_bits(tiny_training, root, tmp_path):
     whole = launch(tiny_training, "--data", root, "--run-dir", tmp_path / "whole", *FLAGS)
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.count("mean +- std") == 1 and "2 ranks" in whole.stdout  # rank 0 alone speaks
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["hardware"]["ranks"] == 2
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert [training["fold"] for training in summary["trainings"]] == [1, 2]
+    assert [done["fold"] for done in summary["trainings"]] == [1, 2]
+    check_validation(root, tmp_path / "whole" / "seed-42" / "fold-1" / "last.pt")
 
     for rank in ("0", "1"):
         run_dir = tmp_path / f"killed-{rank}"
@@ -141,7 +157,7 @@ def test_gradients_and_validation_of_several_ranks_are_those_of_one(root, tmp_pa
         assert done.returncode == 0, done.stderr
         found.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
     (gradients, losses, validated), (shared_gradients, shared_losses, shared_validated) = found
-    assert len(gradients) == 3  # batches of 4, 4 and 1: at the last, other ranks have nothing
+    assert len(gradients) == 3  # batches of 4, 4 and 1: of the last, two ranks get nothing
     for step, shared_step in zip(gradients, shared_gradients, strict=True):
         for gradient, shared in zip(step, shared_step, strict=True):
             torch.testing.assert_close(shared, gradient, rtol=0, atol=1e-6)
@@ -157,7 +173,7 @@ def test_jobs_of_an_array_share_a_folder_and_what_one_lost_is_resumed(tiny_train
             for fold in (1, 2, 3)]
     assert [job.wait(timeout=60) for job in jobs] == [0, -signal.SIGKILL, 0]
     summary = json.loads((tmp_path / "shared" / "summary.json").read_text())
-    assert [training["fold"] for training in summary["trainings"]] == [1, 3]
+    assert [done["fold"] for done in summary["trainings"]] == [1, 3]
     resumed = launch(tiny_training, "--resume", tmp_path / "shared", ranks=1)
     assert resumed.returncode == 0 and "seed 42 fold 2" in resumed.stdout and "going on after epoch 1" in resumed.stdout
     assert "seed 42 fold 1" not in resumed.stdout and "mean +- std" in resumed.stdout
