@@ -207,7 +207,7 @@ def load_pretrained(model: ResNet18, source: str) -> None:
             state.setdefault(name, tensor)  # files from before torch 0.4.1 lack it
         elif name not in state:
             raise ValueError(f"--pretrained {source}: has no {name}; expected torchvision's resnet18 state dict")
-        elif state[name].shape != tensor.shape:
+        if state[name].shape != tensor.shape:
             raise ValueError(f"--pretrained {source}: {name} has shape {tuple(state[name].shape)}, "
                              f"expected {tuple(tensor.shape)}")
     unknown = sorted(state.keys() - model.state_dict().keys())
