@@ -108,7 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--tb-prefix", metavar="NAME", help=f"folder of runs for TensorBoard (default {DEFAULTS['tb_prefix']})")
     again = parser.add_argument_group("again")
     again.add_argument("--resume", metavar="RUN_DIR", help="do what is missing of that run, then print its table; "
-                                                          "--epochs may be raised, --data say where the data is now")
+                                                          "--epochs may be raised, --fold and --seed name further ones, --data say "
+                                                          "where the data is now")
     again.add_argument("--rerun", metavar="RUN_DIR", help="run that experiment again in a new folder and compare, to "
                                                          "the last bit; --data, --device, --precision may differ")
 
@@ -188,13 +189,15 @@ def recorded_flags(again: str, given: dict) -> dict:
     flags["data"] = record["data"]["root"]
     if again == "rerun":
         flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}
-    may_differ = {"resume": {"data", "epochs"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
+    may_differ = {"resume": {"data", "epochs", "seed", "fold"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
     for name, value in given.items():
         if again == "resume" and name == "epochs" and value < flags["epochs"]:
             raise UserError(f"--epochs {value}: the run has {flags['epochs']}; with --resume it may only be raised")
         if again == "resume" and name == "epochs" and value > flags["epochs"] and flags["schedule"] == "cosine":
             raise UserError(f"--epochs {value}: the cosine schedule of the run ends after {flags['epochs']} epochs; start a new "
                             f"run")
+        if again == "resume" and name in ("seed", "fold") and value != ["all"]:
+            given = {**given, name: list(dict.fromkeys([*flags[name], *value]))}  # beside those that are there
         if name != again and name not in may_differ and value != flags.get(name):
             raise UserError(f"{flag_of(name)}: cannot be changed with --{again} (the run has {flags.get(name)}); leave it "
                             f"out, or start a new run")

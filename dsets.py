@@ -85,6 +85,7 @@ def read_table(root: str | Path) -> pd.DataFrame:
         allowed = [str(value) for value in range(low, high + 1)]
         refuse(~table[column].isin(allowed), column, f"a whole number from {low} to {high}")
     refuse(~table["esc10"].str.lower().isin(["true", "false"]), "esc10", "True or False")
+    refuse(~table["category"].map(lambda name: name.isprintable() and bool(name.strip())), "category", "a printable name")
     for column, other in (("target", "category"), ("category", "target")):
         first = table.groupby(column)[other].transform("first")
         refuse(table[other] != first, other, f"the same for every clip of one {column}")

@@ -62,4 +62,6 @@ def load_state(optimizer: torch.optim.Optimizer, state) -> None:
         shapes = {name: value.shape for name, value in values.items()}
         if shapes != {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
             raise ValueError("the optimizer's state has other shapes than the network's weights")
+        if values["step"] < 1:
+            raise ValueError(f"the optimizer's state is of step {values['step'].item():g}")
     optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})

@@ -30,7 +30,7 @@ import machine
 import models
 import onnx_graph
 import runs
-from recordings import CLIP_SAMPLES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, open_audio, pad_clip, to_mono
+from recordings import CLIP_SAMPLES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, one_line, open_audio, pad_clip, to_mono
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
 
@@ -334,7 +334,7 @@ def run(argv: list[str]) -> int:
         try:
             result = predict(ensemble, name, round(args.hop * SAMPLE_RATE))
         except UserError as error:
-            print(f"predict.py: {error}", file=sys.stderr)
+            print(f"predict.py: {one_line(str(error))}", file=sys.stderr)
             failed += 1
             continue
         writer.write(result)
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        print(f"predict.py: {one_line(str(error))}", file=sys.stderr)
     except OSError as error:
         message = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror or error
         print(f"predict.py: {error.filename or 'output'}: {message}", file=sys.stderr)

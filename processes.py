@@ -18,9 +18,9 @@ from recordings import UserError
 PATIENCE = timedelta(days=1)
 
 
-def launched_rank() -> int:
-    """This process's rank, known before the ranks have met; 0 without torchrun."""
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+def is_first_here() -> bool:
+    """Whether this is its machine's first process; known before the ranks have met."""
+    return not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
 
 
 class Ranks:
@@ -32,11 +32,10 @@ class Ranks:
         if not dist.is_torchelastic_launched():
             return
         if device.type == "cuda":
-            local_rank = int(os.environ["LOCAL_RANK"])
-            if local_rank >= torch.cuda.device_count():
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # seen by all ranks, so that the first can tell
                 raise UserError(f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: there are {torch.cuda.device_count()} "
                                 f"GPUs here; launch as many processes, or train with --device cpu")
-            self.device = torch.device("cuda", local_rank)
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         elif device.type != "cpu":
             raise UserError(f"--device {device.type}: several processes train on cpu or cuda; name one of them")
@@ -66,7 +65,7 @@ class Ranks:
     def may_speak(self) -> bool:
         """Whether this rank is the first to ask: of an error that several ranks meet, one tells."""
         if not self.store:
-            return launched_rank() == 0
+            return is_first_here()
         with contextlib.suppress(RuntimeError):  # the store is torchrun's own and outlives the ranks, but not torchrun
             return self.store.add("spoken", 1) == 1
         return True
@@ -103,4 +102,5 @@ def launcher() -> str:
     if not dist.is_torchelastic_launched():
         return "python"
     machines = int(os.environ["GROUP_WORLD_SIZE"])
-    return f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}" + (f" --nnodes={machines} ..." if machines > 1 else "")
+    return (f"torchrun {'--standalone' if machines == 1 else f'--nnodes={machines} ...'} "
+            f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}")

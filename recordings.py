@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +72,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def one_line(message: str) -> str:
+    """A message as a terminal may show it: in one line of at most 2000 characters, whatever names are in it."""
+    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in message)
+    return shown if len(shown) <= 2000 else shown[:1500] + " ... " + shown[-495:]
+
+
 def read_json(path: Path):
     """What a JSON file holds. Raises ValueError with one line if it is no regular file or no JSON."""
     if not path.is_file():  # a pipe would be waited on for ever
@@ -93,10 +100,14 @@ def load_tensors(path: str | Path):
             with zipfile.ZipFile(path) as archive:  # torch packs without compressing
                 if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
                     raise ValueError("it unpacks to more than it is")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that torch.save did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
-        raise ValueError("it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError)
-                         else first_line(error)) from error
+        if not zipfile.is_zipfile(path):  # torch takes it for a file of its first versions, and says little of it
+            raise ValueError("it is not what torch.save writes, or cut short") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError("it holds more than tensors and plain values") from error
+        raise ValueError(first_line(error)) from error
 
 
 def check_weights(weights) -> None:
@@ -111,6 +122,8 @@ def check_weights(weights) -> None:
             raise ValueError(f"{name} is larger than what is stored of it")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{name} holds variances below 0")
 
 
 def first_ten(errors: list[str]) -> str:

@@ -99,13 +99,26 @@ def read_run(run_dir: Path) -> dict:
         value = record
         for name in names.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{path}: {names} is {reprlib.repr(value)}, expected a {kind.__name__}; name the folder of a run that "
                             f"training.py made")
     if record["precision"] not in ("fp32", "bf16") or not 1 <= record["hardware"]["threads"] <= MAX_THREADS:
         raise UserError(f"{path}: precision {reprlib.repr(record['precision'])} and {record['hardware']['threads']} threads; "
                         f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads")
+    ranks = record["hardware"].setdefault("ranks", 1)
+    if type(ranks) is not int or ranks < 1:
+        raise UserError(f"{path}: hardware.ranks is {reprlib.repr(ranks)}, expected the number of processes")
     return record
+
+
+def grow_run(run_dir: Path, flags: dict) -> None:
+    """Write further epochs, seeds and folds into run.json."""
+    with filelock.FileLock(run_dir / "lock"):  # other commands may join at the same moment
+        record = read_run(run_dir)
+        grown = {name: sorted({*map(int, record["flags"][name]), *flags[name]}) for name in ("seed", "fold")}
+        grown = {**record["flags"], **grown, "epochs": flags["epochs"]}
+        if grown != record["flags"]:
+            write_json(run_dir / "run.json", {**record, "flags": grown})
 
 
 def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
@@ -135,8 +148,8 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
                 if there[name] != record[name]:
                     raise UserError(f"--{name} {record[name]}: the run in {run_dir} has {there[name]}; use the same, or "
                                     f"another --run-dir")
-            if there["hardware"].get("ranks", 1) != record["hardware"]["ranks"]:
-                raise UserError(f"--run-dir {run_dir}: the run there trains with {there['hardware'].get('ranks', 1)} "
+            if there["hardware"]["ranks"] != record["hardware"]["ranks"]:
+                raise UserError(f"--run-dir {run_dir}: the run there trains with {there['hardware']['ranks']} "
                                 f"processes, here are {record['hardware']['ranks']}; launch as many (torchrun "
                                 f"--nproc-per-node), or name another folder")
             refuse_other_data_or_versions(run_dir, there, record)
@@ -242,18 +255,21 @@ def check_checkpoint(content: dict) -> None:
     check_weights({"predictions": predictions})
     if predictions.dtype != torch.int64 or predictions.ndim != 1 or not ((0 <= predictions) & (predictions < len(classes))).all():
         raise ValueError("predictions are not indices of classes")
-    for row in [*content["history"], content["best"]]:
-        check_row(row)
+    for index, row in enumerate(content["history"]):
+        check_row(row, index, content["seed"], content["fold"])
+    if content["best"] not in content["history"]:
+        raise ValueError("best is no row of its history")
     if len(content["history"]) != 2 * content["epoch"]:
         raise ValueError(f"epoch is {content['epoch']}, with {len(content['history'])} rows of metrics, expected two an epoch")
 
 
-def check_row(row) -> dict:
-    """A row of metrics, if it is one. Raises ValueError with one line otherwise."""
-    if not isinstance(row, dict) or not set(ROW_KEYS) <= row.keys() or row["phase"] not in ("training", "validation") \
-            or not all(type(row[name]) is int and row[name] >= 0 for name in ("seed", "fold", "epoch")) \
-            or not all(type(row[name]) in (int, float) and abs(row[name]) < math.inf for name in (*METRICS, "seconds")):
-        raise ValueError(f"{reprlib.repr(row)} is not a row of metrics")
+def check_row(row, index: int, seed: int, fold: int) -> dict:
+    """Row `index` of a training's metrics, if it is that. Raises ValueError with one line otherwise."""
+    expected = {"seed": seed, "fold": fold, "epoch": index // 2 + 1, "phase": ("training", "validation")[index % 2]}
+    if not isinstance(row, dict) or not set(ROW_KEYS) <= row.keys() or {name: row[name] for name in expected} != expected \
+            or not all(type(row[name]) in (int, float) and 0 <= row[name] <= 1 for name in METRICS if name != "loss") \
+            or not all(type(row[name]) in (int, float) and 0 <= row[name] < 1e300 for name in ("loss", "seconds")):
+        raise ValueError(f"{reprlib.repr(row)} is not row {index + 1} of the metrics of seed {seed} fold {fold}")
     return {name: row[name] for name in ROW_KEYS}
 
 
@@ -271,14 +287,15 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
+    seed, fold = (int(name.split("-")[1]) for name in (folder.parent.name, folder.name))  # seed-S/fold-K
     lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(check_row(json.loads(line)))
+            rows.append(check_row(json.loads(line), number - 1, seed, fold))
         except (ValueError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a row of metrics; remove the file: --resume writes it anew from "
+                raise UserError(f"{path}: line {number} is not this training's row of metrics; remove the file: --resume writes it anew from "
                                 f"last.pt") from None
     return rows
 

@@ -32,8 +32,8 @@ import optim
 import plots
 import roots
 import runs
-from processes import Ranks, is_lost_rank, launched_rank, launcher
-from recordings import UserError, first_line
+from processes import Ranks, is_first_here, is_lost_rank, launcher
+from recordings import UserError, first_line, one_line
 
 
 class Interrupted(KeyboardInterrupt):
@@ -144,6 +144,10 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     """
     training, validation = dataset.split(fold)
     statistics = dataset.statistics(training)
+    constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
+                 "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
+                 "normalisation": {"mean": statistics[0], "std": statistics[1]},
+                 "versions": runs.environment()["versions"], "precision": precision}
     resumed = (folder / "last.pt").exists()
     model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
     model = model.to(ranks.device, memory_format=torch.channels_last)
@@ -154,7 +158,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     judged = average.model if average else model  # what is validated, kept and predicts
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
     if resumed:
-        checkpoint = load_last(folder / "last.pt", flags, seed, fold, precision, len(validation))
+        checkpoint = load_last(folder / "last.pt", constants, len(validation))
         state = {name: checkpoint[name] for name in state}
         try:
             judged.load_state_dict(checkpoint["model"])
@@ -164,10 +168,6 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         except (RuntimeError, ValueError) as error:  # what load_state_dict misses stands in its last line
             raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()[:300]}); "
                             f"remove it, and --resume begins this training anew") from error
-    constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
-                 "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
-                 "normalisation": {"mean": statistics[0], "std": statistics[1]},
-                 "versions": runs.environment()["versions"], "precision": precision}
     print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {flags['views']} views, {len(validation)} "
           f"validation clips, normalised by mean {statistics[0]:.2f} dB, deviation {statistics[1]:.2f} dB"
           + (f"; going on after epoch {state['epoch']}" if state["epoch"] else ""))
@@ -239,8 +239,9 @@ def open_board(folder: Path) -> SummaryWriter:
     return SummaryWriter(str(folder))
 
 
-def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str, num_clips: int) -> dict:
-    """The checkpoint to go on from. Raises UserError if it is damaged or another training's."""
+def load_last(path: Path, constants: dict, num_clips: int) -> dict:
+    """The checkpoint to go on from. constants: of this training's checkpoints. Raises UserError if it is not one of them."""
+    flags = constants["flags"]
     try:
         checkpoint = runs.load_checkpoint(path)
         if checkpoint["epoch"] > flags["epochs"]:
@@ -249,11 +250,12 @@ def load_last(path: Path, flags: dict, seed: int, fold: int, precision: str, num
             raise UserError(f"{path}: holds no optimizer state, which a training needs to go on")
         if len(checkpoint["predictions"]) != num_clips:
             raise UserError(f"{path}: predicts {len(checkpoint['predictions'])} clips, the fold has {num_clips}")
-        now = {**flags, "seed": seed, "fold": fold, "precision": precision}
-        then = {**checkpoint["flags"], **{name: checkpoint[name] for name in ("seed", "fold", "precision")}}
+        own = ("seed", "fold", "precision", "model_name", "classes", "features")
+        now, then = ({**one["flags"], **{name: one[name] for name in own}} for one in (constants, checkpoint))
         for name in sorted(now.keys() - cli.WHERE_ONLY - {"epochs"}):
             if now[name] != then.get(name):
-                raise UserError(f"{path}: was trained with {name} {reprlib.repr(then.get(name))}, the run has {now[name]}")
+                raise UserError(f"{path}: was trained with {name} {reprlib.repr(then.get(name))}, the run has "
+                                f"{reprlib.repr(now[name])}; if run.json was changed, put it right there")
     except UserError as error:
         raise UserError(f"{error}; remove it, and --resume begins this training anew") from error
     return checkpoint
@@ -324,8 +326,8 @@ def run(argv: list[str], progress: dict) -> None:
     progress["ranks"] = ranks = Ranks(device)
     if ranks.rank > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    if old and old["hardware"].get("ranks", 1) != ranks.size:
-        raise UserError(f"--resume {again}: was begun with {old['hardware'].get('ranks', 1)} processes, here are {ranks.size}; "
+    if old and old["hardware"]["ranks"] != ranks.size:
+        raise UserError(f"--resume {again}: was begun with {old['hardware']['ranks']} processes, here are {ranks.size}; "
                         f"launch as many again (torchrun --nproc-per-node), or start a new run")
     machine.make_deterministic()
     machine.keep_freed_memory()
@@ -375,7 +377,7 @@ def run(argv: list[str], progress: dict) -> None:
     runs.write_overall(run_dir, summary["trainings"], targets, dataset.classes)
     print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
     if "rerun" in given:
-        print("\n".join(["", f"compared with {again}:", *runs.compare_runs(Path(again), run_dir)]))
+        print(f"\ncompared with {again}:", *runs.compare_runs(Path(again), run_dir), sep="\n")
 
 
 def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None, device: torch.device, precision: str,
@@ -390,8 +392,7 @@ def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None,
     if old:
         run_dir = Path(again)
         runs.refuse_other_data_or_versions(run_dir, old, record)
-        if flags["epochs"] != old["flags"]["epochs"]:
-            runs.write_json(run_dir / "run.json", {**old, "flags": {**old["flags"], "epochs": flags["epochs"]}})
+        runs.grow_run(run_dir, flags)
         return run_dir
     if flags["pretrained"]:
         start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
@@ -440,8 +441,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if progress["ranks"].may_speak() if "ranks" in progress else launched_rank() == 0:
-        print(f"{'' if status == 2 else chr(10)}training.py: {message}", file=sys.stderr, flush=True)
+    if progress["ranks"].may_speak() if "ranks" in progress else is_first_here():
+        print(f"{'' if status == 2 else chr(10)}training.py: {one_line(message)}", file=sys.stderr, flush=True)
     return status
 
 

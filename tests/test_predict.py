@@ -255,15 +255,19 @@ def change(checkpoint: dict, kind: str) -> dict:
     return checkpoint | {
         "nan": {"model": checkpoint["model"] | {"conv.weight": torch.full_like(weight, torch.nan)}},
         "shape": {"model": checkpoint["model"] | {"conv.weight": weight[:2]}},
-        "missing": {"model": {}}, "no dict": {"model": 5}, "classes": {"classes": ["a"]}, "more classes": {"classes": list("abcde")}, "no list": {"classes": None},
+        "variance": {"model": checkpoint["model"] | {"bn.running_var": -torch.ones(4)}},
+        "missing": {"model": {}}, "no dict": {"model": 5}, "classes": {"classes": ["a"]}, "no list": {"classes": None},
+        "more classes": {"classes": list("abcde")}, "class twice": {"classes": ["a", "a"]},
         "name": {"model_name": "vgg"}, "name list": {"model_name": []}, "features": {"features": {"n_fft": 1024}},
         "statistics": {"normalisation": {"mean": 0.0, "std": 0.0}}, "no statistics": {"normalisation": {}},
     }[kind]
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("nan", "conv.weight holds numbers that are not finite"), ("shape", "size mismatch for conv.weight"), ("missing", "Missing key"),
-    ("no dict", "is not a whole checkpoint"), ("classes", "predictions are not indices of classes"), ("more classes", "size mismatch for fc.bias"), ("no list", "is not a whole"),
+    ("nan", "conv.weight holds numbers that are not finite"), ("variance", "bn.running_var holds variances below 0"),
+    ("shape", "size mismatch for conv.weight"), ("missing", "Missing key"), ("no dict", "is not a whole checkpoint"),
+    ("classes", "predictions are not indices of classes"), ("more classes", "size mismatch for fc.bias"),
+    ("class twice", "classes are not different names"), ("no list", "is not a whole"),
     ("name", "model 'vgg': expected one of"), ("name list", "is not a whole checkpoint"), ("features", "knows other features"),
     ("statistics", "not by two finite numbers"), ("no statistics", "is not a whole checkpoint")])
 def test_checkpoints_whose_parts_do_not_fit_are_refused(one, wav, tmp_path, capsys, kind, words):

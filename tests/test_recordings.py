@@ -303,3 +303,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         recordings.write_whole(path, fails)
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_message_is_one_line_without_control_characters():
+    assert recordings.one_line("a\n\x1b[31mb\u202e.wav: no such file") == r"a\n\x1b[31mb\u202e.wav: no such file"
+    assert recordings.one_line("été 音.wav") == "été 音.wav"
+    long = recordings.one_line("x" * 9000 + ": no such file")
+    assert len(long) == 2000 and long.endswith(": no such file")

@@ -650,9 +650,21 @@ def test_a_half_written_last_line_of_the_metrics_is_recognised(reference):
     assert results_of(reference) == before and path.read_text() == text
 
 
+def test_resume_takes_further_folds_and_seeds(root, tmp_path):
+    """As after a job array of which some jobs never began."""
+    run_dir = train_in(tmp_path / "run", root, "--fold", 2, "--seed", 43)
+    run("--resume", run_dir, "--fold", "all", "--seed", 42)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["flags"]["fold"] == [1, 2, 3] and record["flags"]["seed"] == [42, 43]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [(done["seed"], done["fold"]) for done in summary["trainings"]] == [(s, f) for s in (42, 43) for f in (1, 2, 3)]
+    whole = train_in(tmp_path / "whole", root, "--fold", "all", "--seed", 42, 43)
+    assert summary == json.loads((whole / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "0.1"], r"--lr: cannot be changed with --resume \(the run has 0.0003\)"),
-    (["--fold", "2"], "--fold: cannot be changed with --resume"),
+    (["--fold", "7"], "--fold 7: expected all alone, or some of 1 2 3"),
     (["--run-dir", "x"], "--run-dir: cannot be changed with --resume"),
     (["--model", "cnn4"], r"--model: cannot be changed with --resume \(the run has cnn8\)"),
     (["--epochs", "1"], "--epochs 1: the run has 2; with --resume it may only be raised"),
@@ -711,7 +723,8 @@ def test_resume_refuses_metrics_that_are_none(reference, capsys, content):
     (reference / "seed-1" / "fold-1" / "metrics.jsonl").write_bytes(content)
     run("--resume", reference, status=2)
     error = capsys.readouterr().err
-    assert "line 1 is not a row of metrics; remove the file: --resume writes it anew" in error and error.count("\n") == 1
+    assert "line 1 is not this training's row of metrics; remove the file: --resume writes it anew" in error
+    assert error.count("\n") == 1
 
 
 def damaged(path: Path, kind: str) -> None:
