@@ -95,15 +95,17 @@ def load_tensors(path: str | Path):
     """
     if not os.path.isfile(path):
         raise ValueError("is not a regular file" if os.path.exists(path) else "no such file")
+    is_zip = False
     try:
-        if zipfile.is_zipfile(path):
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
             with zipfile.ZipFile(path) as archive:  # torch packs without compressing
                 if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
                     raise ValueError("it unpacks to more than it is")
         with warnings.catch_warnings(action="ignore"):  # of pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise a dozen kinds
-        if not zipfile.is_zipfile(path):  # torch takes it for a file of its first versions, and says little of it
+        if not is_zip:  # torch takes it for a file of its first versions, and says little of it
             raise ValueError("it is not what torch.save writes, or cut short") from error
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError("it holds more than tensors and plain values") from error
