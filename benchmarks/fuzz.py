@@ -251,7 +251,7 @@ def row(epoch: int, phase: str) -> dict:
 
 
 def good_checkpoint() -> dict:
-    flags = {**cli.DEFAULTS, **cli.RECIPES["blog"]}
+    flags = copy.deepcopy({**cli.DEFAULTS, **cli.RECIPES["blog"]})
     features = {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]}
     history = [row(1, "training"), row(1, "validation")]
     return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"], "features": features,
@@ -334,7 +334,7 @@ def weights(data):
 
 
 def good_record() -> dict:
-    return {"command": ["training.py"], "started": "", "flags": {**cli.DEFAULTS, **cli.RECIPES["blog"]}, "device": "cpu",
+    return {"command": ["training.py"], "started": "", "flags": copy.deepcopy({**cli.DEFAULTS, **cli.RECIPES["blog"]}), "device": "cpu",
             "precision": "fp32", "versions": {"torch": "2"}, "hardware": {"threads": 2, "ranks": 1},
             "git": {"commit": None, "dirty": None}, "data": {"root": "data", "clips": 4, "classes": ["cat"], "fingerprint": "0"}}
 
