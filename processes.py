@@ -5,7 +5,9 @@ the run's folder, all of them train.
 """
 import contextlib
 import os
+import sys
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,8 @@ class Ranks:
                                 world_size=self.size, timeout=PATIENCE)
 
     def leave(self) -> None:
+        """Part from the other ranks when all have come here."""
+        self.wait()
         if self.store:
             dist.destroy_process_group()
 
@@ -90,6 +94,15 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(everyone)  # one rank has a row, the others zeros: exact
         return everyone
+
+
+def end(status: int) -> NoReturn:
+    """End this process. Under torchrun at once: gloo's threads now and then abort an interpreter that takes itself down."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ import optim
 import plots
 import roots
 import runs
-from processes import Ranks, is_first_here, is_lost_rank, launcher
+from processes import Ranks, end, is_first_here, is_lost_rank, launcher
 from recordings import UserError, first_line, one_line
 
 
@@ -447,4 +447,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 TINY_TRAINING = """
 import os, signal, sys
 sys.path[:0] = [{project!r}, {tests!r}]
-import models, training
+import models, processes, training
 from conftest import Tiny
 models.MODELS["cnn8"] = Tiny
 compute = training.compute_metrics
@@ -34,7 +34,7 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return compute(*arguments)
 training.compute_metrics = dying
-sys.exit(training.main())
+processes.end(training.main())
 """
 
 
@@ -144,6 +144,7 @@ validated = training.validate(model, dsets.validation_batches(dataset, torch.ara
 if ranks.rank == 0:
     torch.save([gradients, losses, validated], sys.argv[1])
 ranks.leave()
+processes.end(0)
 """
 
 
