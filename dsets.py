@@ -29,6 +29,7 @@ COLUMNS = ("filename", "fold", "target", "category", "esc10")
 
 # The crop of the write-up; masks as in SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1).
 CROP_MELS, CROP_FRAMES = 100, 384
+FEATURES = {**MEL, "top_db": TOP_DB, "crop": [CROP_MELS, CROP_FRAMES]}  # as checkpoints record what their network knows
 FREQUENCY_MASKS, MAX_MASK_MELS = 2, 27
 TIME_MASKS, MAX_MASK_FRAMES = 2, 100
 

@@ -30,7 +30,7 @@ import machine
 import models
 import onnx_graph
 import runs
-from recordings import CLIP_SAMPLES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, one_line, open_audio, pad_clip, to_mono
+from recordings import CLIP_SAMPLES, SAMPLE_RATE, LogMel, UserError, one_line, open_audio, pad_clip, to_mono
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
 
@@ -47,10 +47,9 @@ class Predictor(torch.nn.Module):
     def __init__(self, path: Path):
         super().__init__()
         checkpoint = runs.load_checkpoint(path)
-        now = {**MEL, "top_db": TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]}
-        if checkpoint["features"] != now:
+        if checkpoint["features"] != dsets.FEATURES:
             raise UserError(f"{path}: its network knows other features than this program computes "
-                            f"({reprlib.repr(checkpoint['features'])}, here {now}); use the version of this program that "
+                            f"({reprlib.repr(checkpoint['features'])}, here {dsets.FEATURES}); use the version of this program that "
                             f"trained it")
         try:
             self.classes = checkpoint["classes"]

@@ -78,10 +78,15 @@ def one_line(message: str) -> str:
     return shown if len(shown) <= 2000 else shown[:1500] + " ... " + shown[-495:]
 
 
+def refuse_irregular(path: str | Path) -> None:
+    """Raise ValueError with one line if there is no regular file: a pipe would be waited on for ever."""
+    if not os.path.isfile(path):  # (False, not an error, for names that cannot be)
+        raise ValueError("is not a regular file" if os.path.exists(path) else "no such file")
+
+
 def read_json(path: Path):
     """What a JSON file holds. Raises ValueError with one line if it is no regular file or no JSON."""
-    if not path.is_file():  # a pipe would be waited on for ever
-        raise ValueError("is not a regular file" if path.exists() else "no such file")
+    refuse_irregular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -93,8 +98,7 @@ def load_tensors(path: str | Path):
 
     Raises ValueError with one line if it is no such file, or unpacks to more than it is.
     """
-    if not os.path.isfile(path):
-        raise ValueError("is not a regular file" if os.path.exists(path) else "no such file")
+    refuse_irregular(path)
     is_zip = False
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -150,8 +154,11 @@ def open_audio(source, name: str | Path):
     Raises UserError if it is no regular file, cannot be decoded (also while it is read), is shorter than it says, or has
     an absurd sample rate or number of channels.
     """
-    if isinstance(source, Path) and not os.path.isfile(source):  # a pipe would be waited on for ever
-        raise UserError(f"{name}: {'is not a regular file' if os.path.exists(source) else 'no such file'}")
+    if isinstance(source, Path):
+        try:
+            refuse_irregular(source)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
     try:
         with soundfile.SoundFile(source) as file:
             if not RATE_LIMITS[0] <= file.samplerate <= RATE_LIMITS[1]:

@@ -115,16 +115,20 @@ def grow_run(run_dir: Path, flags: dict) -> None:
     """Write further epochs, seeds and folds into run.json."""
     with filelock.FileLock(run_dir / "lock"):  # other commands may join at the same moment
         record = read_run(run_dir)
-        grown = {name: sorted({*map(int, record["flags"][name]), *flags[name]}) for name in ("seed", "fold")}
-        grown = {**record["flags"], **grown, "epochs": flags["epochs"]}
-        if grown != record["flags"]:
-            write_json(run_dir / "run.json", {**record, "flags": grown})
+        grown = {**record, "flags": {**record["flags"], **all_trainings(record["flags"], flags), "epochs": flags["epochs"]}}
+        if grown != record:
+            write_json(run_dir / "run.json", grown)
 
 
-def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
+def all_trainings(flags: dict, others: dict) -> dict:
+    """The seeds and folds of either flags."""
+    return {name: sorted({*map(int, flags[name]), *others[name]}) for name in ("seed", "fold")}
+
+
+def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> None:
     """Make run.json of a new run, or join the run already in the folder with further seeds and folds.
 
-    Returns the record now in run.json. Raises UserError if the run there was begun with other flags (those in
+    Raises UserError if the run there was begun with other flags (those in
     `may_differ` aside), other data or other versions, or if it has begun one of these trainings already.
     """
     flags = record["flags"]
@@ -153,10 +157,8 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> dict:
                                 f"processes, here are {record['hardware']['ranks']}; launch as many (torchrun "
                                 f"--nproc-per-node), or name another folder")
             refuse_other_data_or_versions(run_dir, there, record)
-            both = {name: sorted({*there["flags"][name], *flags[name]}) for name in ("seed", "fold")}
-            record = {**there, "flags": {**there["flags"], **both}}
+            record = {**there, "flags": {**there["flags"], **all_trainings(there["flags"], flags)}}
         write_json(run_dir / "run.json", record)
-    return record
 
 
 def refuse_other_data_or_versions(run_dir: Path, record: dict, now: dict) -> None:
@@ -295,8 +297,8 @@ def read_metrics(folder: Path) -> list[dict]:
             rows.append(check_row(json.loads(line), number - 1, seed, fold))
         except (ValueError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is not this training's row of metrics; remove the file: --resume writes it anew from "
-                                f"last.pt") from None
+                raise UserError(f"{path}: line {number} is not this training's row of metrics; remove the file: --resume "
+                                f"writes it anew from last.pt") from None
     return rows
 
 

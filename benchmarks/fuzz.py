@@ -3,8 +3,9 @@
     python benchmarks/fuzz.py [--cases 10000] [--seed 0]
 
 Every case is one that hypothesis draws (seeded) and must end in right features or a message of one line: any other
-exception, a case of more than 10 s, more than half a GB of memory beside what the program has before the first case (Linux), a
-file outside the case's own folder or a pickle that was executed ends the run with status 1 and the smallest such case. tests/test_fuzz.py runs a few hundred of the same cases.
+exception, a case of more than 10 s, more than half a GB of memory beside what the program has before the first case (Linux),
+a file outside the case's own folder or a pickle that was executed ends the run with status 1 and the smallest such case.
+tests/test_fuzz.py runs a few hundred of the same cases.
 """
 import argparse
 import collections
@@ -252,11 +253,10 @@ def row(epoch: int, phase: str) -> dict:
 
 def good_checkpoint() -> dict:
     flags = copy.deepcopy({**cli.DEFAULTS, **cli.RECIPES["blog"]})
-    features = {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]}
     history = [row(1, "training"), row(1, "validation")]
-    return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"], "features": features,
-            "normalisation": {"mean": -20.0, "std": 10.0}, "flags": flags, "versions": {}, "seed": 42, "fold": 1,
-            "precision": "fp32", "epoch": 1, "history": history, "best": history[1], "predictions": torch.tensor([0, 1])}
+    return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"],
+            "features": copy.deepcopy(dsets.FEATURES), "normalisation": {"mean": -20.0, "std": 10.0}, "flags": flags,
+            "versions": {}, "seed": 42, "fold": 1, "precision": "fp32", "epoch": 1, "history": history, "best": history[1], "predictions": torch.tensor([0, 1])}
 
 
 def packed(content) -> bytes:
