@@ -20,41 +20,49 @@ from recordings import UserError
 PATIENCE = timedelta(days=1)
 
 
-def is_first_here() -> bool:
-    """Whether this is its machine's first process; known before the ranks have met."""
-    return not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
-
-
 class Ranks:
-    """The processes of a training. rank: this one's number; size: how many there are; device: this one's."""
+    """The processes of a training. rank: this one's number; size: how many there are; device: this one's, once they met."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self):
+        self.rank, self.size, self.device, self.store = 0, 1, None, None
+        if dist.is_torchelastic_launched():
+            self.store, self.rank, self.size = next(dist.rendezvous("env://"))
+
+    def meet(self, device: torch.device) -> None:
         """Meet the other ranks. Raises UserError where torch cannot train with several on `device`."""
-        self.rank, self.size, self.device, self.store = 0, 1, device, None
-        if not dist.is_torchelastic_launched():
+        self.device = device
+        if not self.store:
             return
         if device.type == "cuda":
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # seen by all ranks, so that the first can tell
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # seen by all ranks: none waits for the others
                 raise UserError(f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: there are {torch.cuda.device_count()} "
                                 f"GPUs here; launch as many processes, or train with --device cpu")
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         elif device.type != "cpu":
             raise UserError(f"--device {device.type}: several processes train on cpu or cuda; name one of them")
-        self.store, self.rank, self.size = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
                                 world_size=self.size, timeout=PATIENCE)
 
     def leave(self) -> None:
         """Part from the other ranks when all have come here."""
         self.wait()
-        if self.store:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def wait(self) -> None:
         """Return when all ranks have come here."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))  # through gloo, whatever the device; a dead rank is an error, not a wait
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """Let rank 0 do what is inside, then the others."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
 
     def agree(self, text: str) -> str:
         """Rank 0's text, on every rank."""
@@ -68,10 +76,9 @@ class Ranks:
 
     def may_speak(self) -> bool:
         """Whether this rank is the first to ask: of an error that several ranks meet, one tells."""
-        if not self.store:
-            return is_first_here()
-        with contextlib.suppress(RuntimeError):  # the store is torchrun's own and outlives the ranks, but not torchrun
-            return self.store.add("spoken", 1) == 1
+        if self.store:
+            with contextlib.suppress(RuntimeError):  # the store is torchrun's own and outlives the ranks, but not torchrun
+                return self.store.add("spoken", 1) == 1
         return True
 
     def together(self, model: torch.nn.Module) -> torch.nn.Module:

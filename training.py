@@ -32,7 +32,7 @@ import optim
 import plots
 import roots
 import runs
-from processes import Ranks, end, is_first_here, is_lost_rank, launcher
+from processes import Ranks, end, is_lost_rank, launcher
 from recordings import UserError, first_line, one_line
 
 
@@ -145,8 +145,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     training, validation = dataset.split(fold)
     statistics = dataset.statistics(training)
     constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
-                 "features": {**dsets.MEL, "top_db": dsets.TOP_DB, "crop": [dsets.CROP_MELS, dsets.CROP_FRAMES]},
-                 "normalisation": {"mean": statistics[0], "std": statistics[1]},
+                 "features": dsets.FEATURES, "normalisation": {"mean": statistics[0], "std": statistics[1]},
                  "versions": runs.environment()["versions"], "precision": precision}
     resumed = (folder / "last.pt").exists()
     model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
@@ -314,7 +313,7 @@ def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tup
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-def run(argv: list[str], progress: dict) -> None:
+def run(argv: list[str], ranks: Ranks, progress: dict) -> None:
     """Everything the command does. progress["run_dir"] is set once there is a run that --resume can go on with."""
     flags, given = cli.parse_flags(argv)
     again = given.get("resume") or given.get("rerun")
@@ -323,9 +322,7 @@ def run(argv: list[str], progress: dict) -> None:
     progress["run_dir"] = Path(again) if old else None
     device = machine.choose_device(old["device"] if old else flags["device"])
     precision = old["precision"] if old else machine.choose_precision(flags["precision"], device)
-    progress["ranks"] = ranks = Ranks(device)
-    if ranks.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    ranks.meet(device)
     if old and old["hardware"]["ranks"] != ranks.size:
         raise UserError(f"--resume {again}: was begun with {old['hardware']['ranks']} processes, here are {ranks.size}; "
                         f"launch as many again (torchrun --nproc-per-node), or start a new run")
@@ -335,16 +332,12 @@ def run(argv: list[str], progress: dict) -> None:
         torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
 
     root = Path(flags["data"])
-    if ranks.rank > 0:
-        ranks.wait()  # while rank 0 fetches the data and computes its features
-    else:
-        if flags["demo"]:
+    with ranks.rank_0_first():
+        if flags["demo"] and ranks.rank == 0:
             roots.write_demo(root)
-        if flags["download"]:
+        if flags["download"] and ranks.rank == 0:
             roots.download(root)
-    dataset = dsets.ESC50(root, esc10=flags["esc10"])
-    if ranks.rank == 0:
-        ranks.wait()
+        dataset = dsets.ESC50(root, esc10=flags["esc10"])  # rank 0 computes the features, the others find them
     flags["fold"] = choose_folds(flags["fold"], dataset.folds)
     for fold in flags["fold"]:
         dataset.split(fold)  # refuses an empty side before anything is trained
@@ -412,11 +405,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can mend, 130 or 143 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress, status = {}, 2
+    ranks, progress, status = None, {}, 2
     try:
-        run(argv, progress)
-        if "ranks" in progress:
-            progress["ranks"].leave()
+        ranks = Ranks()
+        if ranks.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+        run(argv, ranks, progress)
+        ranks.leave()
         return 0
     except UserError as error:
         message = str(error)
@@ -441,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if progress["ranks"].may_speak() if "ranks" in progress else is_first_here():
+    if ranks is None or ranks.may_speak():
         print(f"{'' if status == 2 else chr(10)}training.py: {one_line(message)}", file=sys.stderr, flush=True)
     return status
 

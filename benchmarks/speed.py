@@ -158,7 +158,7 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
         batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1, epoch=1,
                                          device=device)
         begin = time.perf_counter()
-        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, precision, Ranks(device))
+        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, precision, Ranks())
         return steps * BATCH_SIZE / (time.perf_counter() - begin)
     return rate
 
@@ -309,7 +309,7 @@ machine.keep_freed_memory()
 precision = machine.choose_precision("auto", device)
 model = models.build_model("cnn8").to(memory_format=torch.channels_last)
 optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
-ranks = Ranks(device)
+ranks = Ranks()
 for wanted in (5, steps):  # five to warm up
     batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
                                      epoch=1, device=device)
@@ -360,7 +360,7 @@ def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: i
         for epoch in range(epochs):
             batches = dsets.training_batches(dataset, torch.arange(clips), (0.0, 1.0), views=5, batch_size=BATCH_SIZE,
                                              seed=1, fold=1, epoch=epoch, device=device)
-            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, precision, Ranks(device))
+            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, precision, Ranks())
         return time.perf_counter() - begin
 
     turns = Turns({name: lambda name=name: recipe(name) for name in models.MODELS}, repeat)

@@ -17,11 +17,10 @@ from conftest import Tiny, write_root
 from recordings import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
-# training.py with a network small enough for a test. In a rank named by DIES, the process kills itself in epoch 2.
+# training.py with a network small enough for a test. The rank that DIES names kills itself in epoch 2, that of LATE starts late.
 TINY_TRAINING = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = [{project!r}, {tests!r}]
 import models, processes, training
 from conftest import Tiny
@@ -34,6 +33,8 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return compute(*arguments)
 training.compute_metrics = dying
+if os.environ.get("LATE") == os.environ.get("RANK", "0"):
+    time.sleep(5)
 processes.end(training.main())
 """
 
@@ -75,7 +76,7 @@ def check_validation(root: Path, path: Path) -> None:
     model.load_state_dict(checkpoint["model"])
     stats = (checkpoint["normalisation"]["mean"], checkpoint["normalisation"]["std"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], stats, batch_size=4, device=torch.device("cpu"), crops=9)
-    losses, predictions, _ = training.validate(model, batches, "fp32", processes.Ranks(torch.device("cpu")))
+    losses, predictions, _ = training.validate(model, batches, "fp32", processes.Ranks())
     assert torch.equal(predictions, checkpoint["predictions"])
     assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-6)
 
@@ -107,8 +108,9 @@ def test_two_ranks_train_die_and_go_on_to_the_same_bits(tiny_training, root, tmp
 
 
 def test_a_mistake_of_the_user_is_told_once(tiny_training, root, tmp_path):
-    for flags, words in ((["--epochs", 0], "--epochs: '0'"), (["--data", root, "--fold", 7], "--fold 7: ")):
-        refused = launch(tiny_training, "--run-dir", tmp_path / "run", *flags)
+    for flags, words, late in ((["--epochs", 0], "--epochs: '0'", "0"), (["--epochs", 0], "--epochs: '0'", "1"),
+                               (["--data", root, "--fold", 7], "--fold 7: ", "nobody")):  # whichever rank finds it first
+        refused = launch(tiny_training, "--run-dir", tmp_path / "run", *flags, LATE=late)
         lines = [line for line in refused.stderr.splitlines() if line.startswith("training.py:")]
         assert refused.returncode != 0 and len(lines) == 1 and words in lines[0], refused.stderr
 
@@ -121,7 +123,8 @@ import torch
 import dsets, processes, training
 from conftest import Tiny
 torch.set_num_threads(1)
-ranks = processes.Ranks(torch.device("cpu"))
+ranks = processes.Ranks()
+ranks.meet(torch.device("cpu"))
 dataset = dsets.ESC50({root!r})
 torch.manual_seed(0)
 model = Tiny(3)
@@ -185,10 +188,11 @@ def test_jobs_of_an_array_share_a_folder_and_what_one_lost_is_resumed(tiny_train
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
+    ranks = processes.Ranks()
+    ranks.store = object()  # as if torchrun had launched it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--nproc-per-node 2: there are 1 GPUs here; launch as many processes"):
-        processes.Ranks(torch.device("cuda"))
+        ranks.meet(torch.device("cuda"))
     with pytest.raises(UserError, match="--device mps: several processes train on cpu or cuda"):
-        processes.Ranks(torch.device("mps"))
+        ranks.meet(torch.device("mps"))

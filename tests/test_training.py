@@ -32,7 +32,7 @@ from conftest import Tiny, write_root
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 
 CPU = torch.device("cpu")
-ONE = processes.Ranks(CPU)
+ONE = processes.Ranks()
 PROGRAM = Path(training.__file__)
 
 
