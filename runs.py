@@ -102,6 +102,9 @@ def read_run(run_dir: Path) -> dict:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{path}: {names} is {reprlib.repr(value)}, expected a {kind.__name__}; name the folder of a run that "
                             f"training.py made")
+    for name in ("seed", "fold"):
+        if any(type(value) is not int for value in record["flags"][name]):
+            raise UserError(f"{path}: flags.{name} is {reprlib.repr(record['flags'][name])}, expected whole numbers")
     if record["precision"] not in ("fp32", "bf16") or not 1 <= record["hardware"]["threads"] <= MAX_THREADS:
         raise UserError(f"{path}: precision {reprlib.repr(record['precision'])} and {record['hardware']['threads']} threads; "
                         f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads")
@@ -122,7 +125,7 @@ def grow_run(run_dir: Path, flags: dict) -> None:
 
 def all_trainings(flags: dict, others: dict) -> dict:
     """The seeds and folds of either flags."""
-    return {name: sorted({*map(int, flags[name]), *others[name]}) for name in ("seed", "fold")}
+    return {name: sorted({*flags[name], *others[name]}) for name in ("seed", "fold")}
 
 
 def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> None:

@@ -790,6 +790,15 @@ def test_a_folder_with_trainings_but_no_record_is_refused(root, reference, capsy
     assert "seed 1 fold 1 has begun there; go on with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, value", [("seed", ["x"]), ("fold", [1.5])])
+def test_a_folder_whose_trainings_are_no_numbers_is_not_joined(root, reference, capsys, name, value):
+    record = json.loads((reference / "run.json").read_text())
+    record["flags"][name] = value
+    (reference / "run.json").write_text(json.dumps(record))
+    run("--data", root, "--run-dir", reference, "--fold", 2, "--epochs", 2, "--views", 2, "--batch-size", 4, status=2)
+    assert f"run.json: flags.{name} is {value}, expected whole numbers" in capsys.readouterr().err
+
+
 def test_commands_with_another_precision_do_not_join(root, reference, capsys):
     record = json.loads((reference / "run.json").read_text())
     there = "fp32" if record["precision"] == "bf16" else "bf16"
