@@ -46,7 +46,11 @@ class Predictor(torch.nn.Module):
 
     def __init__(self, path: Path):
         super().__init__()
-        checkpoint = runs.load_checkpoint(path)
+        remedy = "name another checkpoint, or train that one again"
+        try:
+            checkpoint = runs.load_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
         if checkpoint["features"] != dsets.FEATURES:
             raise UserError(f"{path}: its network knows other features than this program computes "
                             f"({reprlib.repr(checkpoint['features'])}, here {dsets.FEATURES}); use the version of this program that "
@@ -57,7 +61,7 @@ class Predictor(torch.nn.Module):
             self.network.load_state_dict(checkpoint["model"])
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()[:300]  # load_state_dict says it last
-            raise UserError(f"{path}: is not a whole checkpoint ({reason})") from error
+            raise UserError(f"{path}: is not a whole checkpoint ({reason}); {remedy}") from error
         self.mean, self.std = (checkpoint["normalisation"][name] for name in ("mean", "std"))
         self.crops, self.precision = checkpoint["flags"]["crops"], checkpoint["precision"]
         self.log_mel = LogMel()

@@ -282,7 +282,7 @@ def test_files_that_are_no_checkpoints_are_refused(one, wav, tmp_path, capsys, c
     whole = (one / "last.pt").read_bytes()
     (tmp_path / "other.pt").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
     err = call(capsys, tmp_path / "other.pt", wav, status=2)[1]
-    assert "cannot be read as a checkpoint" in err and err.count("\n") == 1
+    assert "cannot be read as a checkpoint" in err and "; name another checkpoint" in err and err.count("\n") == 1
 
 
 def test_networks_of_other_classes_do_not_predict_together(run_dir, wav, tmp_path, capsys):
