@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from recordings import (  # some for whoever imports this file alone
     CLIP_SAMPLES, FRAMES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, load_features, load_waveform)
@@ -32,6 +33,7 @@ CROP_MELS, CROP_FRAMES = 100, 384
 FEATURES = {**MEL, "top_db": TOP_DB, "crop": [CROP_MELS, CROP_FRAMES]}  # as checkpoints record what their network knows
 FREQUENCY_MASKS, MAX_MASK_MELS = 2, 27
 TIME_MASKS, MAX_MASK_FRAMES = 2, 100
+EQUALISER_POINTS = 5  # FilterAugment (Nam et al., ICASSP 2022) has 3 to 6 bands
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -228,6 +230,17 @@ def apply_masks(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return examples.masked_fill(masked, 0.0)
 
 
+def draw_responses(count: int, equalise: float, generator: torch.Generator) -> torch.Tensor:
+    """Random frequency responses (count, 1, 100, 1) in dB, as of other microphones and rooms.
+
+    Straight lines between points that lie evenly over the mels, each uniform within +-equalise dB: the linear kind of
+    FilterAugment (Nam et al., ICASSP 2022).
+    """
+    points = equalise * (2 * torch.rand(count, 1, EQUALISER_POINTS, generator=generator) - 1)
+    responses = F.interpolate(points, CROP_MELS, mode="linear", align_corners=True)  # (count, 1, 5) -> (count, 1, 100)
+    return responses.unsqueeze(-1)  # -> (count, 1, 100, 1)
+
+
 def draw_shares(count: int, mix: float, generator: torch.Generator) -> torch.Tensor:
     """How much of each example is its own, the rest another's: (count,) in [0.5, 1], float32.
 
@@ -270,13 +283,14 @@ class Batch(NamedTuple):
 
 def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, views: int,
                      batch_size: int, seed: int, fold: int, epoch: int, device: torch.device, time_shift: float = 0.0,
-                     gain: float = 0.0, mix: float = 0.0, rank: int = 0, ranks: int = 1):
+                     gain: float = 0.0, equalise: float = 0.0, mix: float = 0.0, rank: int = 0, ranks: int = 1):
     """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
     Each clip gives `views` examples: the first a random crop, the others random crops with masks. time_shift: by how much
-    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; mix: how strongly each example
-    is mixed with the one before it in its batch (`draw_shares`). Of each batch, this rank gets its part: the parts of all
-    ranks in a row are the batch that one rank alone would get.
+    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; equalise: by how much some
+    frequencies may be louder or softer than others, dB (`draw_responses`); mix: how strongly each example is mixed with the
+    one before it in its batch (`draw_shares`). Of each batch, this rank gets its part: the parts of all ranks in a row are
+    the batch that one rank alone would get.
     All draws of the epoch are made at once and on the CPU: they depend on seed, fold and epoch alone.
     """
     def generator(purpose: str) -> torch.Generator:
@@ -290,7 +304,10 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, 
     rows, targets = dataset.rows[indices[order // views]], dataset.targets[indices[order // views]]
     corners, masks, targets = corners[order], masks[order].to(device), targets.to(device)
     rows, corners = rows.to(dataset.features.device), corners.to(dataset.features.device)
-    gains = (gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)).to(device)  # dB
+    levels = gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)  # dB
+    if equalise:
+        levels = levels + draw_responses(count, equalise, generator("equalise"))  # -> (count, 1, 100, 1)
+    levels = levels.to(device)
     shares = draw_shares(count, mix, generator("mix")).to(device) if mix else None
     for batch in torch.arange(count).split(batch_size):
         positions = batch.tensor_split(ranks)[rank]
@@ -298,8 +315,8 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, 
         before = batch[(own[:1] - batch[0] - 1) % len(batch)]  # before the batch's first example comes its last
         wanted = torch.cat([before, own]) if mix else own
         examples = crop(dataset.features, rows[wanted], corners[wanted]).to(device)
-        if gain:
-            examples += gains[wanted]
+        if gain or equalise:
+            examples += levels[wanted]
         examples = apply_masks(normalise(examples, *stats), masks[wanted])
         if mix:
             examples = mix_examples(examples[1:], examples[:-1], shares[own])

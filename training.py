@@ -183,7 +183,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             batches = dsets.training_batches(
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
                 epoch=epoch, device=ranks.device, rank=ranks.rank, ranks=ranks.size,
-                **{name: flags[name] for name in ("time_shift", "gain", "mix")})
+                **{name: flags[name] for name in cli.AUGMENTATIONS})
             steps = math.ceil(examples_per_epoch / flags["batch_size"])
             begin = time.perf_counter()
             losses, predictions, targets = train_epoch(
@@ -307,7 +307,7 @@ def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tup
     """A picture of the first examples of the first epoch."""
     batch = next(dsets.training_batches(
         dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
-        epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in ("time_shift", "gain", "mix")}))
+        epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in cli.AUGMENTATIONS}))
     return plots.examples_figure(batch.examples.numpy(), [dataset.classes[target] for target in batch.targets])
 
 

@@ -252,8 +252,8 @@ def test_every_draw_of_an_epoch_follows_seed_fold_and_epoch(dataset, monkeypatch
         asked.append(parts)
         return generator_for(*parts)
     monkeypatch.setattr(dsets, "generator_for", recording)
-    epoch_of(dataset, seed=7, fold=2, epoch=3, mix=1.0)
-    assert sorted(asked) == [(7, 2, 3, purpose) for purpose in ("crops", "gain", "masks", "mix", "order")]
+    epoch_of(dataset, seed=7, fold=2, epoch=3, mix=1.0, equalise=6.0)
+    assert sorted(asked) == [(7, 2, 3, purpose) for purpose in ("crops", "equalise", "gain", "masks", "mix", "order")]
 
 
 def test_a_shifted_crop_goes_on_at_the_beginning(dataset):
@@ -274,6 +274,20 @@ def test_gain_is_what_a_louder_recording_would_be(dataset):
     each = difference.flatten(1)
     assert torch.allclose(each, each[:, :1].expand_as(each), atol=1e-3), "one gain an example"
     assert each[:, 0].abs().max() <= 6 and each[:, 0].min() < -2 and each[:, 0].max() > 2
+
+
+def test_equalising_adds_straight_lines_over_the_mels(dataset):
+    plain, _ = epoch_of(dataset, views=1)
+    equalised, _ = epoch_of(dataset, views=1, equalise=6.0)
+    _, std = dataset.statistics(dataset.split(1)[0])
+    response = (equalised - plain) * std  # dB, (16, 1, 100, 384)
+    assert torch.allclose(response, response[..., :1].expand_as(response), atol=1e-3), "the same in all frames"
+    response = response[:, 0, :, 0]
+    assert response.abs().max() <= 6.001 and response.min() < -4 and response.max() > 4
+    assert response.std(dim=0).min() > 1, "each example its own, at each mel"
+    bend = response.diff(dim=1).diff(dim=1).abs().amax(dim=0)  # at mels 1 to 98; points at 0, 24.75, 49.5, 74.25, 99
+    straight = [mel for mel in range(98) if mel + 1 not in {24, 25, 49, 50, 74, 75}]
+    assert bend[straight].max() < 1e-3 < 0.05 < bend.max()
 
 
 def test_shares_are_the_larger_parts_of_a_beta_distribution():
@@ -302,7 +316,7 @@ def test_mixed_examples_are_sums_of_neighbours(dataset):
 def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mix, ranks):
     training, _ = dataset.split(1)
     options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mix": mix, "time_shift": 5.0,
-               "gain": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
+               "gain": 6.0, "equalise": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
     whole = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
     parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, ranks=ranks, **options))
              for rank in range(ranks)]
