@@ -428,6 +428,10 @@ def test_recipes_fill_in_and_flags_win():
     flags, _ = cli.parse_flags(["--recipe", "strong", "--mix", "0"])
     assert flags["mix"] == 0 and flags["optimizer"] == "adamw" and flags["crops"] == 9
     assert cli.RECIPES["strong"].keys() == cli.RECIPES["blog"].keys()
+    assert flags["lr"] == 2e-3
+    assert cli.parse_flags(["--recipe", "strong", "--model", "cnn4"])[0]["lr"] == 5e-4
+    assert cli.parse_flags(["--recipe", "strong", "--model", "cnn4", "--lr", "0.1"])[0]["lr"] == 0.1
+    assert cli.parse_flags(["--model", "cnn4"])[0]["lr"] == 3e-4
     flags, _ = cli.parse_flags(["--demo", "--epochs", "7"])
     assert flags["epochs"] == 7 and flags["data"] == "data/demo" and flags["views"] == cli.DEMO["views"]
 
