@@ -692,6 +692,18 @@ def test_resume_refuses_other_data_and_finds_moved_data(root, reference, tmp_pat
     assert re.search("--data .*other: is not the data that the run in .* began with", capsys.readouterr().err)
 
 
+def test_resume_goes_on_with_a_run_from_before_a_flag_came(reference):
+    record = json.loads((reference / "run.json").read_text())
+    del record["flags"]["equalise"]
+    (reference / "run.json").write_text(json.dumps(record))
+    last = reference / "seed-1" / "fold-1" / "last.pt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["flags"]["equalise"]
+    torch.save(checkpoint, last)
+    run("--resume", reference, "--epochs", 3)
+    assert torch.load(last, weights_only=True)["epoch"] == 3
+
+
 def test_resume_refuses_other_versions(reference, capsys):
     record = json.loads((reference / "run.json").read_text())
     record["versions"]["torch"] = "1.0"
