@@ -50,3 +50,12 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2 ** 31 - 1)
     for size in (2 ** 25, 2 ** 30):  # the second is refused by glibc before 2.35, whose limit is the first
         libc.mallopt(mmap_threshold, size)
+
+
+def compile_network(network: torch.nn.Module) -> torch.nn.Module:
+    """torch.compile for as many threads as there are now.
+
+    What it compiles it keeps on disk, with the number of threads in the code but, unless it is an option, not in the key
+    (pytorch issue 160812): a run of two threads would find what one of a single thread left, a third slower, with other bits.
+    """
+    return torch.compile(network, options={"cpp.threads": torch.get_num_threads()})

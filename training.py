@@ -151,7 +151,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
     model = model.to(ranks.device, memory_format=torch.channels_last)
     network = ranks.together(model)
-    network = torch.compile(network) if flags["compile"] else network
+    network = machine.compile_network(network) if flags["compile"] else network
     optimizer = optim.OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
     average = optim.WeightAverage(model, flags["average"]) if flags["average"] else None
     judged = average.model if average else model  # what is validated, kept and predicts

@@ -152,7 +152,7 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
     precision = machine.choose_precision("auto", device)
     model = models.build_model(name).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
-    network = torch.compile(model) if compiled else model
+    network = machine.compile_network(model) if compiled else model
 
     def rate(steps: int) -> float:
         batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1, epoch=1,

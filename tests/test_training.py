@@ -21,6 +21,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 import cli
 import dsets
+import machine
 import models
 import optim
 import plots
@@ -560,6 +561,22 @@ for i in range(6):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_code_is_not_that_of_another_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        torch._dynamo.reset()  # as a new process
+        torch._dynamo.utils.counters.clear()
+        assert machine.compile_network(torch.nn.ReLU())(torch.ones(1000))[0] == 1
+        counted = torch._dynamo.utils.counters
+        found.append(bool(counted["inductor"]["fxgraph_cache_hit"] or counted["aot_autograd"]["autograd_cache_hit"]))
+    torch.set_num_threads(before)
+    assert found == [False, False, True]
+
+
 def test_freed_memory_is_used_again(tmp_path):
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=PROGRAM.parent, capture_output=True, text=True, check=True)
     faults = list(map(int, done.stdout.split()))
