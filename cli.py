@@ -23,6 +23,7 @@ STRONG_CNN4 = {"lr": 5e-4}
 DEFAULTS = {"comment": "", "data": "data/ESC-50", "download": False, "demo": False, "esc10": False, "model": "cnn8",
             "pretrained": None, "fold": ["1"], "seed": [42], "recipe": "blog", "device": "auto", "precision": "auto",
             "compile": False, "run_dir": None, "tb_prefix": "CNN"}
+OFF = DEFAULTS | RECIPES["blog"]  # what a flag was that an older record lacks: it came later, with its work switched off here
 DEMO = {"data": "data/demo", "epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
 AUGMENTATIONS = ("time_shift", "gain", "equalise", "mix")  # of dsets.training_batches
 WHERE_ONLY = {"comment", "data", "download", "run_dir", "tb_prefix"}  # these change no figure
@@ -176,13 +177,12 @@ def recorded_flags(again: str, given: dict) -> dict:
     """
     run_dir = Path(given[again])
     record = runs.read_run(run_dir)
-    known = {**DEFAULTS, **RECIPES[DEFAULTS["recipe"]]}
-    flags = {**known, **record["flags"]}
+    flags = OFF | record["flags"]
     for name in sorted(flags):
-        if name not in known:
+        if name not in OFF:
             raise UserError(f"{run_dir / 'run.json'}: flags.{reprlib.repr(name)} is no flag of this program; expected "
-                            f"{', '.join(known)}")
-        if flags[name] is None and known[name] is not None:
+                            f"{', '.join(OFF)}")
+        if flags[name] is None and OFF[name] is not None:
             raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value")
     argv = []  # as if they had been given: what is wrong with them is found where it always is
     for name, value in flags.items():

@@ -128,11 +128,11 @@ def all_trainings(flags: dict, others: dict) -> dict:
     return {name: sorted({*flags[name], *others[name]}) for name in ("seed", "fold")}
 
 
-def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> None:
+def open_run(run_dir: Path, record: dict, may_differ: set[str], off: dict) -> None:
     """Make run.json of a new run, or join the run already in the folder with further seeds and folds.
 
-    Raises UserError if the run there was begun with other flags (those in
-    `may_differ` aside), other data or other versions, or if it has begun one of these trainings already.
+    off: the values of flags that an older run.json lacks. Raises UserError if the run there was begun with other flags
+    (those in `may_differ` aside), other data or other versions, or if it has begun one of these trainings already.
     """
     flags = record["flags"]
     try:
@@ -148,9 +148,10 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str]) -> None:
         if (run_dir / "run.json").exists():
             there = read_run(run_dir)
             for name in sorted(flags.keys() - may_differ - {"seed", "fold"}):
-                if there["flags"].get(name) != flags[name]:
-                    raise UserError(f"--{name.replace('_', '-')}: the run in {run_dir} has {there['flags'].get(name)}, "
-                                    f"here it is {flags[name]}; use the same flags, or another --run-dir")
+                then = there["flags"].get(name, off[name])
+                if then != flags[name]:
+                    raise UserError(f"--{name.replace('_', '-')}: the run in {run_dir} has {then}, here it is "
+                                    f"{flags[name]}; use the same flags, or another --run-dir")
             for name in ("device", "precision"):  # what auto became
                 if there[name] != record[name]:
                     raise UserError(f"--{name} {record[name]}: the run in {run_dir} has {there[name]}; use the same, or "

@@ -250,8 +250,7 @@ def load_last(path: Path, constants: dict, num_clips: int) -> dict:
         if len(checkpoint["predictions"]) != num_clips:
             raise UserError(f"{path}: predicts {len(checkpoint['predictions'])} clips, the fold has {num_clips}")
         own = ("seed", "fold", "precision", "model_name", "classes", "features")
-        known = cli.RECIPES["blog"]  # a flag that came after the checkpoint was written was off then
-        now, then = ({**known, **one["flags"], **{name: one[name] for name in own}} for one in (constants, checkpoint))
+        now, then = ({**cli.OFF, **one["flags"], **{name: one[name] for name in own}} for one in (constants, checkpoint))
         for name in sorted(now.keys() - cli.WHERE_ONLY - {"epochs"}):
             if now[name] != then.get(name):
                 raise UserError(f"{path}: was trained with {name} {reprlib.repr(then.get(name))}, the run has "
@@ -391,7 +390,7 @@ def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None,
     if flags["pretrained"]:
         start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
     run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
-    runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY)
+    runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY, off=cli.OFF)
     return run_dir
 
 

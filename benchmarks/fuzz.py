@@ -256,7 +256,8 @@ def good_checkpoint() -> dict:
     history = [row(1, "training"), row(1, "validation")]
     return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"],
             "features": copy.deepcopy(dsets.FEATURES), "normalisation": {"mean": -20.0, "std": 10.0}, "flags": flags,
-            "versions": {}, "seed": 42, "fold": 1, "precision": "fp32", "epoch": 1, "history": history, "best": history[1], "predictions": torch.tensor([0, 1])}
+            "versions": {}, "seed": 42, "fold": 1, "precision": "fp32", "epoch": 1, "history": history,
+            "best": history[1], "predictions": torch.tensor([0, 1])}
 
 
 def packed(content) -> bytes:

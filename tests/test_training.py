@@ -710,7 +710,7 @@ def test_resume_refuses_other_data_and_finds_moved_data(root, reference, tmp_pat
     assert re.search("--data .*other: is not the data that the run in .* began with", capsys.readouterr().err)
 
 
-def test_resume_goes_on_with_a_run_from_before_a_flag_came(reference):
+def test_a_run_from_before_a_flag_came_goes_on_and_is_joined(root, reference):
     record = json.loads((reference / "run.json").read_text())
     del record["flags"]["equalise"]
     (reference / "run.json").write_text(json.dumps(record))
@@ -720,6 +720,8 @@ def test_resume_goes_on_with_a_run_from_before_a_flag_came(reference):
     torch.save(checkpoint, last)
     run("--resume", reference, "--epochs", 3)
     assert torch.load(last, weights_only=True)["epoch"] == 3
+    train_in(reference, root, "--fold", "2", "--seed", "7", "--epochs", "3")
+    assert torch.load(reference / "seed-7" / "fold-2" / "last.pt", weights_only=True)["epoch"] == 3
 
 
 def test_resume_refuses_other_versions(reference, capsys):
