@@ -95,22 +95,22 @@ def read_run(run_dir: Path) -> dict:
         record = read_json(path)
     except ValueError as error:
         raise UserError(f"{run_dir}: is not a run's folder: run.json cannot be read ({error})") from error
+    remedy = "put it right there, or name the folder of a run that training.py made"
     for names, kind in RECORD_TYPES.items():
         value = record
         for name in names.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{path}: {names} is {reprlib.repr(value)}, expected a {kind.__name__}; name the folder of a run that "
-                            f"training.py made")
+            raise UserError(f"{path}: {names} is {reprlib.repr(value)}, expected a {kind.__name__}; {remedy}")
     for name in ("seed", "fold"):
         if any(type(value) is not int for value in record["flags"][name]):
-            raise UserError(f"{path}: flags.{name} is {reprlib.repr(record['flags'][name])}, expected whole numbers")
+            raise UserError(f"{path}: flags.{name} is {reprlib.repr(record['flags'][name])}, expected whole numbers; {remedy}")
     if record["precision"] not in ("fp32", "bf16") or not 1 <= record["hardware"]["threads"] <= MAX_THREADS:
         raise UserError(f"{path}: precision {reprlib.repr(record['precision'])} and {record['hardware']['threads']} threads; "
-                        f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads")
+                        f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads; {remedy}")
     ranks = record["hardware"].setdefault("ranks", 1)
     if type(ranks) is not int or ranks < 1:
-        raise UserError(f"{path}: hardware.ranks is {reprlib.repr(ranks)}, expected the number of processes")
+        raise UserError(f"{path}: hardware.ranks is {reprlib.repr(ranks)}, expected the number of processes; {remedy}")
     return record
 
 
