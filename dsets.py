@@ -159,7 +159,7 @@ class ESC50(torch.utils.data.Dataset):
         """Mean and standard deviation (dB) over the features of these clips: give it the training clips."""
         totals = torch.zeros(2, dtype=torch.float64)
         for index in indices:
-            feature = self.features[self.rows[index]].double()
+            feature = self.features[self.rows[index]].cpu().double()  # also on a GPU: the same bits everywhere
             totals += torch.stack([feature.sum(), feature.square().sum()])
         count = len(indices) * MEL["n_mels"] * FRAMES
         mean = totals[0].item() / count
@@ -309,19 +309,27 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, 
         levels = levels + draw_responses(count, equalise, generator("equalise"))  # -> (count, 1, 100, 1)
     levels = levels.to(device)
     shares = draw_shares(count, mix, generator("mix")).to(device) if mix else None
-    for batch in torch.arange(count).split(batch_size):
-        positions = batch.tensor_split(ranks)[rank]
-        own = positions if len(positions) else batch[:1]
-        before = batch[(own[:1] - batch[0] - 1) % len(batch)]  # before the batch's first example comes its last
-        wanted = torch.cat([before, own]) if mix else own
-        examples = crop(dataset.features, rows[wanted], corners[wanted]).to(device)
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        part, longer = divmod(size, ranks)  # the first ranks get an example more
+        first, length = start + rank * part + min(rank, longer), part + (rank < longer)
+        if length == 0:
+            first = start
+        own = slice(first, first + max(length, 1))  # a slice: indices from the CPU would have a GPU waited for
+        before = first - 1 if first > start else start + size - 1  # before the batch's first example comes its last
+
+        def wanted(values: torch.Tensor) -> torch.Tensor:
+            """Those of this rank's examples, and of the one before them where they are mixed."""
+            return torch.cat([values[before:before + 1], values[own]]) if mix else values[own]
+
+        examples = crop(dataset.features, wanted(rows), wanted(corners)).to(device)
         if gain or equalise:
-            examples += levels[wanted]
-        examples = apply_masks(normalise(examples, *stats), masks[wanted])
+            examples += wanted(levels)
+        examples = apply_masks(normalise(examples, *stats), wanted(masks))
         if mix:
             examples = mix_examples(examples[1:], examples[:-1], shares[own])
-        yield Batch(examples, targets[own], shares[own] if mix else None, targets[wanted[:-1]] if mix else None, positions,
-                    len(batch))
+        yield Batch(examples, targets[own], shares[own] if mix else None, wanted(targets)[:-1] if mix else None,
+                    torch.arange(first, first + length), size)
 
 
 def validation_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, batch_size: int,

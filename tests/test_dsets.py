@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dsets
 from conftest import write_root
@@ -238,6 +241,55 @@ def test_an_epoch_does_not_depend_on_the_batch_size_or_the_global_generators(dat
     second = epoch_of(dataset, batch_size=80)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class BetweenDevices(TorchDispatchMode):
+    """Notes every operation that has tensors of more than one kind of device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.seen.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3])
+def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(dataset, monkeypatch, mix):
+    """On tensors that have no data, only shapes and a device: no GPU is needed."""
+    training, _ = dataset.split(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        monkeypatch.setattr(dataset, "features", torch.empty(dataset.features.shape, device="cuda"))
+        batches = dsets.training_batches(
+            dataset, training, (0.0, 1.0), views=5, batch_size=16, seed=1, fold=1, epoch=1, device=torch.device("cuda"),
+            time_shift=5.0, gain=6.0, equalise=6.0, mix=mix)
+        first = next(batches)  # before it, the epoch's draws are copied to the device
+        with BetweenDevices() as between:
+            rest = list(batches)
+    assert between.seen == [] and len(rest) == 4
+    for batch in [first, *rest]:
+        assert batch.examples.shape == (16, 1, 100, 384) and batch.examples.device.type == batch.targets.device.type == "cuda"
+
+
+def test_statistics_take_features_that_are_on_a_gpu(dataset, monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        feature = torch.empty(dataset.features.shape[1:], device="cuda")
+    monkeypatch.setattr(dataset, "features", {row: feature for row in range(len(dataset))})
+    monkeypatch.setattr(dataset, "rows", list(range(len(dataset))))
+    dataset.statistics(dataset.split(1)[0])  # operations on two devices would be refused
+
+
+def test_validation_takes_features_that_are_on_a_gpu(dataset, monkeypatch):
+    _, validation = dataset.split(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        monkeypatch.setattr(dataset, "features", torch.empty(dataset.features.shape, device="cuda"))
+        examples, targets, _ = next(dsets.validation_batches(dataset, validation, (0.0, 1.0), batch_size=4,
+                                                             device=torch.device("cuda"), crops=9))
+    assert examples.shape == (36, 1, 100, 384) and examples.device.type == targets.device.type == "cuda"
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"fold": 2}, {"epoch": 2}])
