@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", metavar="DIR", help=f"the ESC-50 folder (default {DEFAULTS['data']})")
     data.add_argument("--download", action="store_true", help="fetch ESC-50 into --data first, if it is not there whole")
     data.add_argument("--demo", action="store_true",
-                      help=f"train on synthetic sounds, written once to {DEMO['data']}; changes the defaults to --epochs "
+                      help=f"train on synthetic sounds, written once to {DEMO['data']}; without --recipe, the defaults are --epochs "
                            f"{DEMO['epochs']} --views {DEMO['views']} --batch-size {DEMO['batch_size']} "
                            f"--lr {DEMO['lr']:g}")
     data.add_argument("--esc10", action="store_true", help="only the ten classes of ESC-10")
@@ -110,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
                          help="auto takes a GPU if there is one (default auto)")
     machine.add_argument("--precision", choices=["auto", "fp32", "bf16"],
                          help="auto takes bf16 where the hardware multiplies it (default auto)")
-    machine.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, faster steps")
+    machine.add_argument("--compile", action="store_true", help="torch.compile the network: slower start, then faster steps with "
+                                                               "cnn8 (README, Performance)")
     output = parser.add_argument_group("output")
     output.add_argument("--run-dir", metavar="DIR", help="the run's folder (default runs/<tb-prefix>/<time>_<comment>)")
     output.add_argument("--tb-prefix", metavar="NAME", help=f"folder of runs for TensorBoard (default {DEFAULTS['tb_prefix']})")
@@ -184,9 +185,12 @@ def recorded_flags(again: str, given: dict) -> dict:
                             f"{', '.join(OFF)}")
         if flags[name] is None and OFF[name] is not None:
             raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value")
+        if isinstance(flags[name], bool) != isinstance(OFF[name], bool):
+            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is {reprlib.repr(flags[name])}, expected a value like "
+                            f"{OFF[name]!r}")
     argv = []  # as if they had been given: what is wrong with them is found where it always is
     for name, value in flags.items():
-        if name != "comment" and value not in (None, False, ""):
+        if name != "comment" and value is not None and value is not False and value != "":  # 0 is a value
             argv += [flag_of(name), *([] if value is True else value if isinstance(value, list) else [value])]
     try:
         parsed = vars(build_parser().parse_args(list(map(str, argv))))
@@ -195,10 +199,10 @@ def recorded_flags(again: str, given: dict) -> dict:
         refuse_folder_names(flags)
     except UserError as error:
         raise UserError(f"{run_dir / 'run.json'}: {str(error)[:300]}") from error  # whatever stands there instead of a flag
-    flags["data"] = record["data"]["root"]
+    flags |= {"data": record["data"]["root"], "download": False}  # what was fetched is there
     if again == "rerun":
         flags |= {"run_dir": None, "device": record["device"], "precision": record["precision"]}
-    may_differ = {"resume": {"data", "epochs", "seed", "fold"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
+    may_differ = {"resume": {"data", "download", "epochs", "seed", "fold"}, "rerun": WHERE_ONLY | {"device", "precision"}}[again]
     for name, value in given.items():
         if again == "resume" and name == "epochs" and value < flags["epochs"]:
             raise UserError(f"--epochs {value}: the run has {flags['epochs']}; with --resume it may only be raised")

@@ -459,6 +459,10 @@ def test_download_then_train(root, tmp_path, monkeypatch):
     monkeypatch.setattr(roots, "download", asked.append)
     run("--download", "--data", root, "--run-dir", tmp_path / "run", "--epochs", 1)
     assert asked == [root]
+    run("--resume", tmp_path / "run")  # fetches nothing
+    assert asked == [root]
+    run("--resume", tmp_path / "run", "--download")
+    assert asked == [root, root]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
