@@ -30,11 +30,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def make_deterministic() -> None:
-    """Only algorithms that give the same bits every time, on the CPU and on CUDA."""
+    """Only algorithms that give the same bits every time, on the CPU and on CUDA; and fp32 is fp32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; read when it starts
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
+    torch.backends.cudnn.allow_tf32 = False  # or convolutions in fp32 would multiply 11 bits on GPUs since Ampere
 
 
 def keep_freed_memory() -> None:
