@@ -39,7 +39,7 @@ POWER_FLOOR = 1e-10
 FRAMES = CLIP_SAMPLES // MEL["hop_length"] + 1  # 431: a frame at both ends (center=True)
 
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)  # int64: BatchNorm's counter
-CACHE_FORMAT = 1  # raised when the layout of the cached features changes
+CACHE_FORMAT = 1  # raised when the layout of the cached features changes, or LogMel's arithmetic
 
 
 class UserError(ValueError):
@@ -264,7 +264,7 @@ def cache_key(root: Path, names: list[str]) -> str:
         with contextlib.suppress(OSError):  # a missing file is reported when the features are computed
             stat = os.stat(root / "audio" / name)
             files.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-    made_from = {"format": CACHE_FORMAT, "mel": MEL, "top_db": TOP_DB, "torch": torch.__version__,
+    made_from = {"format": CACHE_FORMAT, "mel": MEL, "top_db": TOP_DB, "power_floor": POWER_FLOOR, "torch": torch.__version__,
                  "torchaudio": torchaudio.__version__, "soundfile": soundfile.__libsndfile_version__,
                  "soxr": soxr.__version__, "files": files}
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
