@@ -12,8 +12,8 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 def learning_rates(flags: dict, epoch: int, steps: int) -> list[float] | None:
     """The learning rate of each of an epoch's steps, or None if it is constant.
 
-    cosine: a straight rise to --lr over the first tenth of all steps, then half a cosine down to 0 (Loshchilov & Hutter,
-    "SGDR", ICLR 2017, without restarts).
+    cosine: a straight rise to --lr over the first tenth of all steps (warm-up: Goyal et al., "Accurate, large minibatch
+    SGD", 2017), then half a cosine down to 0 (Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts).
     """
     if flags["schedule"] == "constant":
         return None
@@ -31,18 +31,22 @@ class WeightAverage:
     """An exponential moving average of a network's weights and batch statistics, for validation and prediction.
 
     The averaged network stands in `model`. decay: how much of the average stays at each step (Polyak & Juditsky, 1992,
-    with exponential weights; as in Tarvainen & Valpola, "Mean teachers", NeurIPS 2017).
+    with exponential weights; as in Tarvainen & Valpola, "Mean teachers", NeurIPS 2017); 1 - 1/n at the n-th step while that
+    is less, so that the untrained weights are gone after the first (as in their code). The batch statistics are averaged
+    like weights, as torch's AveragedModel does with use_buffers.
     """
 
     def __init__(self, source: torch.nn.Module, decay: float):
-        self.source, self.decay = source, decay
+        self.source, self.decay, self.updates = source, decay, 0
         self.model = copy.deepcopy(source)
 
     @torch.no_grad()
     def update(self) -> None:
+        self.updates += 1
+        share = max(1 - self.decay, 1 / self.updates)  # of the new weights
         for averaged, value in zip(self.model.state_dict().values(), self.source.state_dict().values()):
             if averaged.is_floating_point():
-                averaged.lerp_(value, 1 - self.decay)
+                averaged.lerp_(value, share)
             else:
                 averaged.copy_(value)
 

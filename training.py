@@ -153,6 +153,8 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
     network = ranks.together(model)
     network = machine.compile_network(network) if flags["compile"] else network
     optimizer = optim.OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
+    examples_per_epoch = len(training) * flags["views"]
+    steps = math.ceil(examples_per_epoch / flags["batch_size"])
     average = optim.WeightAverage(model, flags["average"]) if flags["average"] else None
     judged = average.model if average else model  # what is validated, kept and predicts
     state = {"epoch": 0, "history": [], "best": None, "predictions": None}
@@ -163,6 +165,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             judged.load_state_dict(checkpoint["model"])
             if average:
                 model.load_state_dict(checkpoint["trained_model"])
+                average.updates = steps * state["epoch"]
             optim.load_state(optimizer, checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:  # what load_state_dict misses stands in its last line
             raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()[:300]}); "
@@ -172,7 +175,6 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
           + (f"; going on after epoch {state['epoch']}" if state["epoch"] else ""))
     print(f"{'epoch':>9} | {ROW_HEAD.format('training')} examples/s | {ROW_HEAD.format('validation')}", flush=True)
 
-    examples_per_epoch = len(training) * flags["views"]
     with open_board(folder) if ranks.rank == 0 else contextlib.nullcontext() as board:
         if ranks.rank == 0:
             board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
@@ -184,7 +186,6 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
                 epoch=epoch, device=ranks.device, rank=ranks.rank, ranks=ranks.size,
                 **{name: flags[name] for name in cli.AUGMENTATIONS})
-            steps = math.ceil(examples_per_epoch / flags["batch_size"])
             begin = time.perf_counter()
             losses, predictions, targets = train_epoch(
                 network, optimizer, batches, steps, precision, ranks, label_smoothing=flags["label_smoothing"],

@@ -176,14 +176,16 @@ def test_the_average_of_weights_follows_its_formula():
     model = Tiny(4)
     average = optim.WeightAverage(model, 0.9)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for step in range(3):
+    for step in range(1, 13):
+        share = max(0.1, 1 / step)  # a plain mean at first
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 1
+                parameter += 0.1
         model.train()(torch.randn(2, 1, 100, 384))  # the batch statistics move too
         average.update()
         for name, tensor in model.state_dict().items():
-            expected[name] = 0.9 * expected[name] + 0.1 * tensor if tensor.is_floating_point() else tensor.clone()
+            floating = tensor.is_floating_point()
+            expected[name] = (1 - share) * expected[name] + share * tensor if floating else tensor.clone()
     for name, tensor in average.model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
 
