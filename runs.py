@@ -5,7 +5,8 @@
     summary.json         the finished trainings, their mean and standard deviation
     confusion.png ...    of all finished trainings together
 
-Every file is written aside and renamed: whatever kills the program, a file is there whole or not at all.
+Every file (but TensorBoard's events, which --resume writes anew) is written aside and renamed: whatever kills the
+program, it is there whole or not at all.
 """
 import contextlib
 import json
@@ -306,21 +307,24 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def write_results(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
-                  classes: list[str]) -> Figure:
-    """curves.png, confusion.png and, last, report.csv (per class), of one training or of several together.
+def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor,
+                   classes: list[str]) -> Figure:
+    """curves.png and confusion.png of one training or of several together; returns the confusion matrix's figure.
 
-    rows: of metrics.jsonl; targets, predictions: class indices (N,) of the validation clips in the last epoch. Returns
-    the confusion matrix's figure.
+    rows: of metrics.jsonl; targets, predictions: class indices (N,) of the validation clips in the last epoch.
     """
-    labels = range(len(classes))
-    confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=labels), classes)
+    confusion = plots.confusion_figure(confusion_matrix(targets, predictions, labels=range(len(classes))), classes)
     for name, figure in (("confusion.png", confusion), ("curves.png", plots.curves_figure(rows))):
         write_whole(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
-    precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
+    return confusion
+
+
+def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]) -> None:
+    """report.csv, per class. It comes last: a training that has it is finished. Arguments: `write_pictures`."""
+    precision, recall, f1, clips = precision_recall_fscore_support(targets, predictions, labels=range(len(classes)),
+                                                                   zero_division=0)
     report = pandas.DataFrame({"class": classes, "precision": precision, "recall": recall, "f1": f1, "clips": clips})
     write_whole(folder / "report.csv", lambda part: report.to_csv(part, index=False, float_format="%.4f"))
-    return confusion
 
 
 def write_overall(run_dir: Path, trainings: list[dict], targets: dict[int, torch.Tensor], classes: list[str]) -> None:
@@ -333,8 +337,9 @@ def write_overall(run_dir: Path, trainings: list[dict], targets: dict[int, torch
         return
     with filelock.FileLock(run_dir / "lock"):  # one process at a time, as for the summary
         predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
-        write_results(run_dir, [row for folder in folders for row in read_metrics(folder)],
-                      torch.cat([targets[training["fold"]] for training in trainings]), predictions, classes)
+        results = torch.cat([targets[training["fold"]] for training in trainings]), predictions, classes
+        write_pictures(run_dir, [row for folder in folders for row in read_metrics(folder)], *results)
+        write_report(run_dir, *results)
 
 
 def is_finished(folder: Path, epochs: int) -> bool:

@@ -223,17 +223,19 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
         if ranks.rank > 0:
             return
         runs.write_metrics(folder, state["history"])
-        confusion = runs.write_results(folder, state["history"], dataset.targets[validation], state["predictions"],
-                                       dataset.classes)
+        results = dataset.targets[validation], state["predictions"], dataset.classes
+        confusion = runs.write_pictures(folder, state["history"], *results)
         board.add_figure("confusion", confusion, flags["epochs"] * examples_per_epoch)
         board.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in
                            {**flags, "seed": seed, "fold": fold, "precision": precision}.items()},
                           {f"final/{metric}": state["history"][-1][metric] for metric in runs.METRICS}, run_name=".")
+        board.flush()
+        runs.write_report(folder, *results)  # the last file of a finished training
 
 
 def open_board(folder: Path) -> SummaryWriter:
     """TensorBoard's writer of a training that begins or goes on: what it wrote before, and report.csv, are gone."""
-    (folder / "report.csv").unlink(missing_ok=True)  # the last file of a finished training
+    (folder / "report.csv").unlink(missing_ok=True)  # it would say that the training is finished
     for stale in folder.glob("events.out.tfevents.*"):
         stale.unlink()
     return SummaryWriter(str(folder))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, precision_score, recall_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
 import dsets
@@ -307,7 +308,6 @@ def test_a_checkpoint_holds_all_that_a_prediction_needs(root, tmp_path):
 
 
 def test_scalars_stand_over_the_examples_seen(root, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     folder = train_in(tmp_path / "run", root) / "seed-42" / "fold-1"
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -625,7 +625,8 @@ class Killed(BaseException):
 
 
 KILL_POINTS = [(runs, "save_checkpoint"), (runs, "write_metrics"), (runs, "write_json"), (training, "add_scalars"),
-               (runs, "write_results"), (training, "validate"), (os, "replace"), (os, "fsync")]
+               (runs, "write_pictures"), (training.SummaryWriter, "add_hparams"), (runs, "write_report"),
+               (training, "validate"), (os, "replace"), (os, "fsync")]
 
 
 @pytest.mark.parametrize("module, name", KILL_POINTS, ids=lambda value: value if isinstance(value, str) else "")
@@ -650,6 +651,9 @@ def test_killed_at_any_point_a_run_ends_as_if_it_never_was(root, tmp_path, refer
     run("--resume", run_dir)
     assert results_of(run_dir) == results_of(reference)
     assert not list(run_dir.rglob(".*.part"))
+    for folder in run_dir.glob("seed-*/fold-*"):
+        events = EventAccumulator(str(folder)).Reload()
+        assert "confusion" in events.Tags()["images"] and "final/accuracy" in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
