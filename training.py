@@ -295,12 +295,13 @@ def row_text(row: dict) -> str:
 
 
 def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch: int) -> None:
-    """A row's metrics over the number of examples seen, as the write-up plotted them."""
+    """A row's metrics over the number of examples seen, as the write-up plotted them; the learning rate of the last step."""
     seen = row["epoch"] * examples_per_epoch
     for metric in runs.METRICS:
         board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
     if row["phase"] == "training":
-        board.add_scalar("learning rate", (optim.learning_rates(flags, row["epoch"], 1) or [flags["lr"]])[0], seen)
+        rates = optim.learning_rates(flags, row["epoch"], math.ceil(examples_per_epoch / flags["batch_size"]))
+        board.add_scalar("learning rate", rates[-1] if rates else flags["lr"], seen)
         board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
     board.flush()
 

@@ -324,6 +324,14 @@ def test_scalars_stand_over_the_examples_seen(root, tmp_path):
     assert "_hparams_/experiment" in events.summary_metadata
 
 
+def test_tensorboard_shows_the_learning_rate_of_each_epochs_last_step(root, tmp_path):
+    folder = train_in(tmp_path / "run", root, "--schedule", "cosine", "--lr", "0.5", "--epochs", "3") / "seed-42" / "fold-1"
+    events = EventAccumulator(str(folder)).Reload()
+    flags = {"schedule": "cosine", "lr": 0.5, "epochs": 3}  # 8 clips x 2 views in batches of 4
+    assert [event.value for event in events.Scalars("learning rate")] == pytest.approx(
+        [optim.learning_rates(flags, epoch, 4)[-1] for epoch in (1, 2, 3)])
+
+
 def test_several_trainings_have_pictures_of_them_all(root, tmp_path):
     run_dir = train_in(tmp_path / "one", root)
     assert not (run_dir / "report.csv").exists()
