@@ -248,8 +248,9 @@ def load_last(path: Path, constants: dict, num_clips: int) -> dict:
         checkpoint = runs.load_checkpoint(path)
         if checkpoint["epoch"] > flags["epochs"]:
             raise UserError(f"{path}: is of epoch {checkpoint['epoch']}, the run has {flags['epochs']}")
-        if "optimizer" not in checkpoint or (flags["average"] and "trained_model" not in checkpoint):
-            raise UserError(f"{path}: holds no optimizer state, which a training needs to go on")
+        for part in ("optimizer", *(["trained_model"] if flags["average"] else [])):
+            if part not in checkpoint:
+                raise UserError(f"{path}: holds no {part}, which a training needs to go on")
         if len(checkpoint["predictions"]) != num_clips:
             raise UserError(f"{path}: predicts {len(checkpoint['predictions'])} clips, the fold has {num_clips}")
         own = ("seed", "fold", "precision", "model_name", "classes", "features")

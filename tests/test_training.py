@@ -800,7 +800,7 @@ def damaged(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind, words", [
     ("truncated", "cannot be read as a checkpoint"), ("another program's", "is not a checkpoint of this program"),
     ("another version", "has checkpoint format 99, expected 1"), ("code", "holds more than tensors and plain values"),
-    ("best", "holds no optimizer state"), ("another fold", "was trained with fold 3, the run has 1"),
+    ("best", "holds no optimizer, which"), ("another fold", "was trained with fold 3, the run has 1"),
 ])
 def test_resume_refuses_a_damaged_checkpoint(reference, capsys, kind, words):
     damaged(reference / "seed-1" / "fold-1" / "last.pt", kind)
