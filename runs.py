@@ -109,24 +109,30 @@ def read_run(run_dir: Path) -> dict:
     if record["precision"] not in ("fp32", "bf16") or not 1 <= record["hardware"]["threads"] <= MAX_THREADS:
         raise UserError(f"{path}: precision {reprlib.repr(record['precision'])} and {record['hardware']['threads']} threads; "
                         f"expected fp32 or bf16, and 1 to {MAX_THREADS} threads; {remedy}")
+    went_on = record.setdefault("went_on", [])
+    if not isinstance(went_on, list) or not all(isinstance(later, dict) and isinstance(later.get("hardware"), dict)
+                                                and isinstance(later.get("git"), dict) for later in went_on):
+        raise UserError(f"{path}: went_on is {reprlib.repr(went_on)}, expected what later commands ran on; {remedy}")
     ranks = record["hardware"].setdefault("ranks", 1)
     if type(ranks) is not int or ranks < 1:
         raise UserError(f"{path}: hardware.ranks is {reprlib.repr(ranks)}, expected the number of processes; {remedy}")
     return record
 
 
-def grow_run(run_dir: Path, flags: dict) -> None:
-    """Write further epochs, seeds and folds into run.json."""
+def grow_run(run_dir: Path, now: dict) -> None:
+    """Write into run.json that a command goes on with the run, perhaps to further epochs. now: the command's record."""
     with filelock.FileLock(run_dir / "lock"):  # other commands may join at the same moment
-        record = read_run(run_dir)
-        grown = {**record, "flags": {**record["flags"], **all_trainings(record["flags"], flags), "epochs": flags["epochs"]}}
-        if grown != record:
-            write_json(run_dir / "run.json", grown)
+        grown = grow_record(read_run(run_dir), now)
+        grown["flags"]["epochs"] = now["flags"]["epochs"]
+        write_json(run_dir / "run.json", grown)
 
 
-def all_trainings(flags: dict, others: dict) -> dict:
-    """The seeds and folds of either flags."""
-    return {name: sorted({*flags[name], *others[name]}) for name in ("seed", "fold")}
+def grow_record(record: dict, now: dict) -> dict:
+    """A run's record with the seeds and folds of another command, and what that one runs on."""
+    flags = {name: sorted({*record["flags"][name], *now["flags"][name]}) for name in ("seed", "fold")}
+    later = {name: now[name] for name in ("started", "command", "hardware", "git")}
+    later["hardware"] = now["hardware"] | {"threads": record["hardware"]["threads"]}  # it keeps to them
+    return {**record, "flags": record["flags"] | flags, "went_on": [*record["went_on"], later]}
 
 
 def open_run(run_dir: Path, record: dict, may_differ: set[str], off: dict) -> None:
@@ -162,7 +168,7 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str], off: dict) -> No
                                 f"processes, here are {record['hardware']['ranks']}; launch as many (torchrun "
                                 f"--nproc-per-node), or name another folder")
             refuse_other_data_or_versions(run_dir, there, record)
-            record = {**there, "flags": {**there["flags"], **all_trainings(there["flags"], flags)}}
+            record = grow_record(there, record)
         write_json(run_dir / "run.json", record)
 
 
@@ -437,6 +443,9 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
                if name != "root" and record[part].get(name) != other[part].get(name)]
     changes += [f"{name}: {record[name]} then, {other[name]} now" for name in ("device", "precision")
                 if record[name] != other[name]]
+    changes += [f"{part} {name}: {value} ({when}, from {later.get('started')} on)"
+                for when, one in (("then", record), ("now", other)) for later in one["went_on"]
+                for part in ("hardware", "git") for name, value in later[part].items() if value != one[part].get(name)]
     changes += [f"the code had changes that were not committed ({when})"
                 for when, one in (("then", record), ("now", other)) if one["git"].get("dirty")]
     return [*lines, "not identical; what could explain it:", *(changes or ["nothing that was recorded differs"])]

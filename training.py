@@ -386,11 +386,11 @@ def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None,
     record = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "flags": flags,
               "device": str(device), "precision": precision, **environment,
               "data": {"root": str(dataset.root.resolve()), "clips": len(dataset), "classes": dataset.classes,
-                       "fingerprint": dataset.fingerprint()}}
+                       "fingerprint": dataset.fingerprint()}, "went_on": []}  # what --resume or another command ran on
     if old:
         run_dir = Path(again)
         runs.refuse_other_data_or_versions(run_dir, old, record)
-        runs.grow_run(run_dir, flags)
+        runs.grow_run(run_dir, record)
         return run_dir
     if flags["pretrained"]:
         start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made

@@ -673,6 +673,22 @@ def test_more_epochs_after_the_last_are_those_of_a_longer_run(root, tmp_path, pr
     assert json.loads((run_dir / "run.json").read_text())["flags"]["epochs"] == 4
 
 
+def test_the_record_says_what_went_on_with_the_run(root, tmp_path, monkeypatch, capsys):
+    run_dir = train_in(tmp_path / "run", root)
+    monkeypatch.setattr(runs, "git", lambda *arguments: "another")
+    train_in(run_dir, root, "--fold", "2")
+    run("--resume", run_dir)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["git"]["commit"] != "another"
+    assert [later["git"]["commit"] for later in record["went_on"]] == ["another", "another"]
+    assert record["went_on"][1]["command"] == ["training.py", "--resume", str(run_dir)]
+    metrics = run_dir / "seed-42" / "fold-2" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": ', '"loss": 1'))
+    capsys.readouterr()
+    run("--rerun", run_dir, "--run-dir", tmp_path / "again")
+    assert "git commit: another (then, from 2" in capsys.readouterr().out
+
+
 def test_with_nothing_missing_resume_prints_the_table(reference, capsys, monkeypatch):
     monkeypatch.setattr(training, "train", None)
     before = results_of(reference)
@@ -763,6 +779,8 @@ def test_resume_refuses_a_folder_that_is_no_run(tmp_path, capsys, content):
     ("flags", "model", "vgg"), ("flags", "lr", None), ("flags", "lr", "x"), ("flags", "seed", ["a"]), (None, "data", None),
     ("data", "root", 5), (None, "versions", 5), (None, "hardware", {}), ("hardware", "threads", 0), (None, "device", "tpu"),
     (None, "precision", "int4"), ("flags", "views", -1), ("flags", "model", "cnn4"), ("flags", "lr", 0.5),
+    ("flags", "batch_size", 0), ("flags", "epochs", 0), ("flags", "model", 0), ("flags", "crops", 0), ("flags", "views", False),
+    ("flags", "lr", True), ("flags", "compile", 1), (None, "went_on", 5), (None, "went_on", [{}]),
 ])
 def test_resume_refuses_a_record_edited_by_hand(reference, capsys, part, name, value):
     record = json.loads((reference / "run.json").read_text())
