@@ -191,7 +191,8 @@ def windows(name: str, hop: int):
 def predict(ensemble: Ensemble, name: str, hop: int) -> dict:
     """Predictions for one recording: starts (W,) and ends (W,) of its windows in s, their probabilities (W, classes).
 
-    Memory does not grow with the recording but by these. Raises UserError if it cannot be read.
+    Also their mean (classes,), in which a last window that is not full weighs as much less. Memory does not grow with the
+    recording but by these. Raises UserError if it cannot be read.
     """
     starts, ends, probabilities, batch = [], [], [], []
 
@@ -207,7 +208,10 @@ def predict(ensemble: Ensemble, name: str, hop: int) -> dict:
             flush()
     if batch:
         flush()
-    return {"file": name, "starts": starts, "ends": ends, "probabilities": torch.cat(probabilities)}
+    probabilities = torch.cat(probabilities)  # -> (W, classes)
+    seconds = torch.tensor(ends) - torch.tensor(starts)
+    mean = (seconds / seconds.sum()) @ probabilities  # (W,) @ (W, classes) -> (classes,)
+    return {"file": name, "starts": starts, "ends": ends, "probabilities": probabilities, "mean": mean}
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ class TableWriter:
             print(f"{title:>17}  " + ", ".join(cells))
 
         print(f"{result['file']} ({result['ends'][-1]:.1f} s)")
-        line("mean", result["probabilities"].mean(dim=0))
+        line("mean", result["mean"])
         if len(result["starts"]) > 1:
             for start, end, probabilities in zip(result["starts"], result["ends"], result["probabilities"]):
                 line(f"{start:.1f} - {end:.1f} s", probabilities)
@@ -248,7 +252,7 @@ class CsvWriter(TableWriter):
         self.rows.writerow(["file", "window", "start_s", "end_s", "rank", "class", "probability"])
 
     def write(self, result: dict) -> None:
-        parts = [("mean", 0.0, result["ends"][-1], result["probabilities"].mean(dim=0))]
+        parts = [("mean", 0.0, result["ends"][-1], result["mean"])]
         parts += zip(range(len(result["starts"])), result["starts"], result["ends"], result["probabilities"])
         for window, start, end, probabilities in parts:
             for rank, (name, value) in enumerate(top_classes(probabilities, self.classes, self.top), start=1):
@@ -267,7 +271,7 @@ class JsonWriter(TableWriter):
             return [{"class": name, "probability": value}
                     for name, value in top_classes(probabilities, self.classes, self.top)]
 
-        content = {"file": result["file"], "duration_s": result["ends"][-1], "top": top(result["probabilities"].mean(dim=0)),
+        content = {"file": result["file"], "duration_s": result["ends"][-1], "top": top(result["mean"]),
                    "windows": [{"start_s": start, "end_s": end, "top": top(probabilities)} for start, end, probabilities
                                in zip(result["starts"], result["ends"], result["probabilities"])]}
         print(f"{self.separator}{json.dumps(content)}", end="")
