@@ -13,7 +13,9 @@ RECIPES = {
     "blog": {"epochs": 40, "batch_size": 32, "lr": 3e-4, "weight_decay": 1e-3, "views": 5, "optimizer": "adam",
              "schedule": "constant", "mix": 0.0, "label_smoothing": 0.0, "time_shift": 0.0, "gain": 0.0, "equalise": 0.0,
              "average": 0.0, "crops": 1},
-    # what the literature found to help (each flag's source stands where it is used); mix and equalise: chosen on folds 1 to 3
+    # what the literature found to help; schedule, average, mix and equalise have their sources where they are used, the others:
+    # adamw: Loshchilov & Hutter, ICLR 2019; label_smoothing: Szegedy et al., CVPR 2016; gain: Tokozume et al., ICLR 2018;
+    # crops: Krizhevsky et al., NeurIPS 2012. mix and equalise were chosen on folds 1 to 3 (README), the rest are as first tried
     "strong": {"epochs": 100, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.05, "views": 5, "optimizer": "adamw",
                "schedule": "cosine", "mix": 0.3, "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "equalise": 6.0,
                "average": 0.98, "crops": 9},
