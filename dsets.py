@@ -33,7 +33,7 @@ CROP_MELS, CROP_FRAMES = 100, 384
 FEATURES = {**MEL, "top_db": TOP_DB, "crop": [CROP_MELS, CROP_FRAMES]}  # as checkpoints record what their network knows
 FREQUENCY_MASKS, MAX_MASK_MELS = 2, 27
 TIME_MASKS, MAX_MASK_FRAMES = 2, 100
-EQUALISER_POINTS = 5  # FilterAugment (Nam et al., ICASSP 2022) has 3 to 6 bands
+EQUALISER_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ def read_table(root: str | Path) -> pd.DataFrame:
                 lines.append(reader.line_num)
                 rows.append([cells[place] for place in places])
     except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a comma-separated table in UTF-8 ({error})") from error
+        raise UserError(f"{path}: cannot be read as a comma-separated table in UTF-8 ({error}); save it as one") from error
     if not rows:
-        raise UserError(f"{path}: lists no clips")
+        raise UserError(f"{path}: lists no clips, expected a row for each; fetch it anew (--download)")
     table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
 
     def refuse(wrong: pd.Series, column: str, expected: str) -> None:
@@ -152,7 +152,8 @@ class ESC50(torch.utils.data.Dataset):
             raise UserError(f"--fold {fold}: no clip of {self.root} is in it; expected one of "
                             f"{', '.join(map(str, self.folds))}")
         if len(training) == 0:
-            raise UserError(f"--fold {fold}: every clip of {self.root} is in it, none is left to train on")
+            raise UserError(f"--fold {fold}: every clip of {self.root} is in it, none is left to train on; give the clips "
+                            f"of meta/esc50.csv more than one fold")
         return training, validation
 
     def statistics(self, indices: torch.Tensor) -> tuple[float, float]:
@@ -181,7 +182,7 @@ def generator_for(seed: int, fold: int, epoch: int, purpose: str) -> torch.Gener
 
 
 def draw_crops(count: int, generator: torch.Generator, shift_frames: int = 0) -> torch.Tensor:
-    """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47 + shift_frames, int64.
+    """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most), int64.
 
     A crop that passes the end of its clip goes on at the beginning: as if the clip had been shifted in time, in a circle.
     """
@@ -233,8 +234,8 @@ def apply_masks(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def draw_responses(count: int, equalise: float, generator: torch.Generator) -> torch.Tensor:
     """Random frequency responses (count, 1, 100, 1) in dB, as of other microphones and rooms.
 
-    Straight lines between points that lie evenly over the mels, each uniform within +-equalise dB: the linear kind of
-    FilterAugment (Nam et al., ICASSP 2022).
+    Straight lines between points that lie evenly over the crop's mels, each uniform within +-equalise dB: the linear kind
+    of FilterAugment (Nam et al., ICASSP 2022), whose points lie at random.
     """
     points = equalise * (2 * torch.rand(count, 1, EQUALISER_POINTS, generator=generator) - 1)
     responses = F.interpolate(points, CROP_MELS, mode="linear", align_corners=True)  # (count, 1, 5) -> (count, 1, 100)
@@ -244,9 +245,10 @@ def draw_responses(count: int, equalise: float, generator: torch.Generator) -> t
 def draw_shares(count: int, mix: float, generator: torch.Generator) -> torch.Tensor:
     """How much of each example is its own, the rest another's: (count,) in [0.5, 1], float32.
 
-    From a Beta(mix, mix) distribution as in mixup (Zhang et al., ICLR 2018), the larger part always the example's own.
+    From a Beta(mix, mix) distribution as in mixup (Zhang et al., ICLR 2018), the larger part always the example's own. Of
+    the generator, only the seed is used: torch draws no Beta from one.
     """
-    shares = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(mix, mix, count)  # torch has none with a generator
+    shares = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(mix, mix, count)
     return torch.from_numpy(np.maximum(shares, 1 - shares).astype(np.float32))
 
 

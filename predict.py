@@ -113,7 +113,7 @@ def find_checkpoints(path: Path, ensemble: bool) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such run or checkpoint")
+        raise UserError(f"{path}: no such run or checkpoint; name a run's folder, or a last.pt in it")
     found = sorted([*path.glob("last.pt"), *path.glob("fold-*/last.pt"), *path.glob("seed-*/fold-*/last.pt")])
     if not found:
         raise UserError(f"{path}: holds no checkpoint (seed-S/fold-K/last.pt); name a run of training.py")

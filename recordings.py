@@ -139,8 +139,9 @@ def first_ten(errors: list[str]) -> str:
 
 
 def in_threads(function, items, title: str, progress: bool = True) -> list:
-    """[function(item) for each item], in as many threads as cores, with a progress bar on a terminal."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(function, items)) as results:
+    """[function(item) for each item], in as many threads as cores are ours, with a progress bar on a terminal."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Slurm gives some
+    with ThreadPoolExecutor(cores) as pool, contextlib.closing(pool.map(function, items)) as results:
         # closing: an interrupt drops what has not begun
         return list(tqdm(results, title, len(items), unit=" clips", disable=None if progress else True))
 
@@ -351,7 +352,8 @@ def compute_features(root: Path, names: list[str], path: Path, progress: bool) -
         finally:
             torch.set_num_threads(threads)
         if any(errors):
-            raise UserError(f"{first_ten(errors)}; mend or remove them, or fetch the data again (--download)")
+            raise UserError(f"{first_ten(errors)}; mend them, take their rows out of meta/esc50.csv, or "
+                            f"make the data anew (--download; for --demo, in a new folder)")
         # the digests first: where there are features, they are there too
         write_whole(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(digests)))
 

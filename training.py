@@ -309,7 +309,7 @@ def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch
 
 def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tuple[float, float], flags: dict, seed: int,
                    fold: int):
-    """A picture of the first examples of the first epoch."""
+    """A picture of the first examples of the first epoch (with --mix: of other partners, as the batch is smaller)."""
     batch = next(dsets.training_batches(
         dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
         epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in cli.AUGMENTATIONS}))

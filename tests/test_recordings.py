@@ -119,7 +119,7 @@ def test_all_bad_recordings_are_named_at_once_up_to_ten(tmp_path):
     names = sorted(os.listdir(root / "audio"))
     for name in names:
         bad_recording(root / "audio" / name, "garbage")
-    with pytest.raises(dsets.UserError, match="; and 2 more; mend or remove them") as refusal:
+    with pytest.raises(dsets.UserError, match="; and 2 more; mend them, take their rows out") as refusal:
         dsets.ESC50(root)
     assert sum(name in str(refusal.value) for name in names) == 10
     assert not list(root.rglob("logmel-*"))
