@@ -353,7 +353,7 @@ def run(argv: list[str], ranks: Ranks, progress: dict) -> None:
     with torch.device("meta"):  # shapes alone
         parameters = sum(p.numel() for p in models.build_model(flags["model"], len(dataset.classes)).parameters())
     print(f"run    {run_dir / 'run.json'}\ndata   {dataset}\nmodel  {flags['model']}, {parameters:,} parameters, {precision} "
-          f"on {device}; ranks: {ranks.size}, with {torch.get_num_threads()} CPU threads each", flush=True)
+          f"on {device}, processes: {ranks.size}, threads of each: {torch.get_num_threads()}", flush=True)
     if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
         dataset.features = dataset.features.to(ranks.device)  # else they stay on disk, and crops of them are copied
 

@@ -84,7 +84,7 @@ def check_validation(root: Path, path: Path) -> None:
 def test_two_ranks_train_die_and_go_on_to_the_same_bits(tiny_training, root, tmp_path):
     whole = launch(tiny_training, "--data", root, "--run-dir", tmp_path / "whole", *FLAGS)
     assert whole.returncode == 0, whole.stderr
-    assert whole.stdout.count("mean +- std") == 1 and "ranks: 2, with 1 CPU threads each" in whole.stdout  # rank 0 alone speaks
+    assert whole.stdout.count("mean +- std") == 1 and "processes: 2, threads of each: 1" in whole.stdout  # rank 0 alone speaks
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["hardware"]["ranks"] == 2
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert [done["fold"] for done in summary["trainings"]] == [1, 2]
