@@ -186,10 +186,10 @@ def recorded_flags(again: str, given: dict) -> dict:
             raise UserError(f"{run_dir / 'run.json'}: flags.{reprlib.repr(name)} is no flag of this program; expected "
                             f"{', '.join(OFF)}")
         if flags[name] is None and OFF[name] is not None:
-            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value")
+            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value; put it right there")
         if isinstance(flags[name], bool) != isinstance(OFF[name], bool):
             raise UserError(f"{run_dir / 'run.json'}: flags.{name} is {reprlib.repr(flags[name])}, expected a value like "
-                            f"{OFF[name]!r}")
+                            f"{OFF[name]!r}; put it right there")
     argv = []  # as if they had been given: what is wrong with them is found where it always is
     for name, value in flags.items():
         if name != "comment" and value is not None and value is not False and value != "":  # 0 is a value
