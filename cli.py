@@ -25,7 +25,9 @@ STRONG_CNN4 = {"lr": 5e-4}
 DEFAULTS = {"comment": "", "data": "data/ESC-50", "download": False, "demo": False, "esc10": False, "model": "cnn8",
             "pretrained": None, "fold": ["1"], "seed": [42], "recipe": "blog", "device": "auto", "precision": "auto",
             "compile": False, "run_dir": None, "tb_prefix": "CNN"}
-OFF = DEFAULTS | RECIPES["blog"]  # what a flag was that an older record lacks: it came later, with its work switched off here
+KNOWN = DEFAULTS | RECIPES["blog"]
+OFF = {name: KNOWN[name] for name in (  # flags that the first version had not: in its records they were off
+    "optimizer", "schedule", "mix", "label_smoothing", "time_shift", "gain", "equalise", "average", "crops")}
 DEMO = {"data": "data/demo", "epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
 AUGMENTATIONS = ("time_shift", "gain", "equalise", "mix")  # of dsets.training_batches
 WHERE_ONLY = {"comment", "data", "download", "run_dir", "tb_prefix"}  # these change no figure
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     experiment.add_argument("--fold", nargs="+", metavar="K",
                             help="validation fold, one training each: one, several, or all (default 1)")
     experiment.add_argument("--seed", nargs="+", type=number(int, 0, 2 ** 63 - 1), metavar="S",
-                            help="seed, one training each: one or several (default 42)")
+                            help="seed: one or several, each with every fold (default 42)")
     experiment.add_argument("--recipe", choices=list(RECIPES),
                             help="the defaults of the flags below; a flag beside it wins (default blog)")
     experiment.add_argument("--epochs", type=number(int, 1, 10 ** 6), metavar="N", help=default("epochs"))
@@ -181,18 +183,18 @@ def recorded_flags(again: str, given: dict) -> dict:
     run_dir = Path(given[again])
     record = runs.read_run(run_dir)
     flags = OFF | record["flags"]
-    for name in sorted(flags):
-        if name not in OFF:
+    for name in sorted(flags.keys() | KNOWN.keys()):
+        if name not in KNOWN:
             raise UserError(f"{run_dir / 'run.json'}: flags.{reprlib.repr(name)} is no flag of this program; expected "
-                            f"{', '.join(OFF)}")
-        if flags[name] is None and OFF[name] is not None:
-            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is null, expected a value; put it right there")
-        if isinstance(flags[name], bool) != isinstance(OFF[name], bool):
-            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is {reprlib.repr(flags[name])}, expected a value like "
-                            f"{OFF[name]!r}; put it right there")
+                            f"{', '.join(KNOWN)}")
+        value = flags.get(name)
+        if (value is None and KNOWN[name] is not None) or (value == "" and name != "comment") \
+                or isinstance(value, bool) != isinstance(KNOWN[name], bool):
+            raise UserError(f"{run_dir / 'run.json'}: flags.{name} is {reprlib.repr(value)}, expected a value like "
+                            f"{KNOWN[name]!r}; put it right there")
     argv = []  # as if they had been given: what is wrong with them is found where it always is
     for name, value in flags.items():
-        if name != "comment" and value is not None and value is not False and value != "":  # 0 is a value
+        if name != "comment" and value is not None and value is not False:  # 0 is a value
             argv += [flag_of(name), *([] if value is True else value if isinstance(value, list) else [value])]
     try:
         parsed = vars(build_parser().parse_args(list(map(str, argv))))

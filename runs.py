@@ -154,8 +154,8 @@ def open_run(run_dir: Path, record: dict, may_differ: set[str], off: dict) -> No
                                     f"--resume {run_dir}, or name another folder")
         if (run_dir / "run.json").exists():
             there = read_run(run_dir)
-            for name in sorted(flags.keys() - may_differ - {"seed", "fold"}):
-                then = there["flags"].get(name, off[name])
+            for name in sorted(flags.keys() - may_differ - {"seed", "fold", "device", "precision"}):
+                then = there["flags"].get(name, off.get(name))
                 if then != flags[name]:
                     raise UserError(f"--{name.replace('_', '-')}: the run in {run_dir} has {then}, here it is "
                                     f"{flags[name]}; use the same flags, or another --run-dir")

@@ -390,7 +390,9 @@ def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None,
     if old:
         run_dir = Path(again)
         runs.refuse_other_data_or_versions(run_dir, old, record)
-        runs.grow_run(run_dir, record)
+        if not all(runs.is_finished(runs.training_dir(run_dir, seed, fold), flags["epochs"])
+                   for seed in flags["seed"] for fold in flags["fold"]):  # a look at the table leaves no trace
+            runs.grow_run(run_dir, record)
         return run_dir
     if flags["pretrained"]:
         start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made

@@ -677,11 +677,12 @@ def test_the_record_says_what_went_on_with_the_run(root, tmp_path, monkeypatch, 
     run_dir = train_in(tmp_path / "run", root)
     monkeypatch.setattr(runs, "git", lambda *arguments: "another")
     train_in(run_dir, root, "--fold", "2")
-    run("--resume", run_dir)
+    run("--resume", run_dir, "--epochs", 3)
+    run("--resume", run_dir)  # only to look at the table
     record = json.loads((run_dir / "run.json").read_text())
     assert record["git"]["commit"] != "another"
     assert [later["git"]["commit"] for later in record["went_on"]] == ["another", "another"]
-    assert record["went_on"][1]["command"] == ["training.py", "--resume", str(run_dir)]
+    assert record["went_on"][1]["command"] == ["training.py", "--resume", str(run_dir), "--epochs", "3"]
     metrics = run_dir / "seed-42" / "fold-2" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"loss": ', '"loss": 1'))
     capsys.readouterr()
@@ -780,6 +781,7 @@ def test_resume_refuses_a_folder_that_is_no_run(tmp_path, capsys, content):
     ("data", "root", 5), (None, "versions", 5), (None, "hardware", {}), ("hardware", "threads", 0), (None, "device", "tpu"),
     (None, "precision", "int4"), ("flags", "views", -1), ("flags", "model", "cnn4"), ("flags", "lr", 0.5),
     ("flags", "batch_size", 0), ("flags", "epochs", 0), ("flags", "model", 0), ("flags", "crops", 0), ("flags", "views", False),
+    ("flags", "model", ""), ("flags", "epochs", ""), ("flags", "mix", ""), ("flags", "schedule", ""),
     ("flags", "lr", True), ("flags", "compile", 1), (None, "went_on", 5), (None, "went_on", [{}]),
 ])
 def test_resume_refuses_a_record_edited_by_hand(reference, capsys, part, name, value):
@@ -877,6 +879,16 @@ def test_commands_with_another_precision_do_not_join(root, reference, capsys):
     (reference / "run.json").write_text(json.dumps({**record, "precision": there}))
     run("--data", root, "--run-dir", reference, "--fold", 2, "--epochs", 2, "--views", 2, "--batch-size", 4, status=2)
     assert re.search(f"--precision {record['precision']}: the run in .* has {there}", capsys.readouterr().err)
+    run("--data", root, "--run-dir", reference, "--fold", 2, "--epochs", 2, "--views", 2, "--batch-size", 4, "--precision", there)
+
+
+@pytest.mark.parametrize("name", ["epochs", "model", "lr", "views"])
+def test_a_record_without_a_flag_that_always_was_is_refused(reference, capsys, name):
+    record = json.loads((reference / "run.json").read_text())
+    del record["flags"][name]
+    (reference / "run.json").write_text(json.dumps(record))
+    run("--resume", reference, status=2)
+    assert f"flags.{name} is None, expected a value like" in capsys.readouterr().err
 
 
 def test_a_run_dir_that_cannot_be_made_is_refused(root, tmp_path, capsys):
