@@ -180,7 +180,7 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
             board.flush()  # nothing is left for the board's own thread to write while weights are saved
             for row in state["history"]:  # an interrupted run's events are written anew
-                add_scalars(board, row, flags, examples_per_epoch)
+                add_scalars(board, row, flags, steps, examples_per_epoch)
         for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
             batches = dsets.training_batches(
                 dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
@@ -216,8 +216,8 @@ def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int,
             to_go_on = {"optimizer": optimizer.state_dict()} | ({"trained_model": model.state_dict()} if average else {})
             runs.save_checkpoint(folder / "last.pt", {**checkpoint, **to_go_on})
             runs.write_metrics(folder, state["history"])
-            add_scalars(board, train_row, flags, examples_per_epoch)
-            add_scalars(board, row, flags, examples_per_epoch)
+            add_scalars(board, train_row, flags, steps, examples_per_epoch)
+            add_scalars(board, row, flags, steps, examples_per_epoch)
             print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
                   f"{row_text(row)}", flush=True)
         if ranks.rank > 0:
@@ -295,13 +295,13 @@ def row_text(row: dict) -> str:
             f"{100 * row['recall']:>6.1f} {100 * row['f1']:>6.1f} {row['seconds']:>6.1f}")
 
 
-def add_scalars(board: SummaryWriter, row: dict, flags: dict, examples_per_epoch: int) -> None:
+def add_scalars(board: SummaryWriter, row: dict, flags: dict, steps: int, examples_per_epoch: int) -> None:
     """A row's metrics over the number of examples seen, as the write-up plotted them; the learning rate of the last step."""
     seen = row["epoch"] * examples_per_epoch
     for metric in runs.METRICS:
         board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
     if row["phase"] == "training":
-        rates = optim.learning_rates(flags, row["epoch"], math.ceil(examples_per_epoch / flags["batch_size"]))
+        rates = optim.learning_rates(flags, row["epoch"], steps)
         board.add_scalar("learning rate", rates[-1] if rates else flags["lr"], seen)
         board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
     board.flush()
