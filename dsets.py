@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from recordings import (  # some for whoever imports this file alone
+from util.cache import (  # some for whoever imports this file alone
     CLIP_SAMPLES, FRAMES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, load_features, load_waveform)
 
 # ESC-50 (Piczak, ACM MM 2015): 2000 clips of 5 s at 44.1 kHz, 50 classes, 5 folds.

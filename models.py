@@ -6,7 +6,7 @@ The shapes in the comments are those of one example of (1, 100 mels, 384 frames)
 import torch
 from torch import nn
 
-from recordings import check_weights, first_line, load_tensors
+from util.cache import check_weights, first_line, load_tensors
 
 EXAMPLE_SHAPE = (1, 1, 100, 384)  # batch, channels, mels, frames
 

@@ -26,11 +26,11 @@ import soxr
 import torch
 
 import dsets
-import machine
+from util import device as machine
 import models
-import onnx_graph
-import runs
-from recordings import CLIP_SAMPLES, SAMPLE_RATE, LogMel, UserError, one_line, open_audio, pad_clip, to_mono
+from util import export as onnx_graph
+from util import rundir as runs
+from util.cache import CLIP_SAMPLES, SAMPLE_RATE, LogMel, UserError, one_line, open_audio, pad_clip, to_mono
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
 

@@ -24,16 +24,16 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import cli
+from util import config as cli
 import dsets
-import machine
+from util import device as machine
 import models
-import optim
-import plots
-import roots
-import runs
-from processes import Ranks, end, is_lost_rank, launcher
-from recordings import UserError, first_line, one_line
+from util import optim
+from util import report as plots
+from util import download as roots
+from util import rundir as runs
+from util.dist import Ranks, end, is_lost_rank, launcher
+from util.cache import UserError, first_line, one_line
 
 
 class Interrupted(KeyboardInterrupt):

@@ -31,14 +31,14 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
+from util import config as cli
 import dsets
 import models
 import predict
-import recordings
-import roots
-import runs
-from recordings import UserError
+from util import cache as recordings
+from util import download as roots
+from util import rundir as runs
+from util.cache import UserError
 
 SECONDS = 10
 counts = collections.Counter()  # of each kind's outcomes

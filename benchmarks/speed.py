@@ -40,14 +40,14 @@ import torchaudio
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
+from util import config as cli
 import dsets
-import machine
+from util import device as machine
 import models
-import recordings
-import runs
+from util import cache as recordings
+from util import rundir as runs
 import training
-from processes import Ranks
+from util.dist import Ranks
 
 BATCH_SIZE = cli.RECIPES["blog"]["batch_size"]
 
@@ -298,8 +298,9 @@ import itertools, re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy, torch
-import dsets, machine, models, training
-from processes import Ranks
+import dsets, models, training
+from util import device as machine
+from util.dist import Ranks
 path, steps, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
 count = len(features)

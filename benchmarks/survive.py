@@ -24,7 +24,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dsets
-import runs
+from util import rundir as runs
 import training
 
 FLAGS = ["--fold", "1", "2", "--epochs", "3", "--views", "2", "--batch-size", "4"]

@@ -11,8 +11,8 @@ import torch
 
 import dsets
 import models
-import recordings
-import runs
+from util import cache as recordings
+from util import rundir as runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import fuzz

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import dsets
 import models
-import onnx_graph
+from util import export as onnx_graph
 import predict
-import recordings
+from util import cache as recordings
 import training
 from conftest import Tiny
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import dsets
-import processes
-import runs
+from util import dist as processes
+from util import rundir as runs
 import training
 from conftest import Tiny, write_root
-from recordings import UserError
+from util.cache import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 TINY_TRAINING = """
 import os, signal, sys, time
 sys.path[:0] = [{project!r}, {tests!r}]
-import models, processes, training
+import models, training
+from util import dist as processes
 from conftest import Tiny
 models.MODELS["cnn8"] = Tiny
 compute = training.compute_metrics
@@ -120,7 +121,8 @@ AGREEMENT = """
 import sys
 sys.path[:0] = [{project!r}, {tests!r}]
 import torch
-import dsets, processes, training
+import dsets, training
+from util import dist as processes
 from conftest import Tiny
 torch.set_num_threads(1)
 ranks = processes.Ranks()

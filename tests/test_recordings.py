@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsets
-import recordings
+from util import cache as recordings
 from conftest import write_root
 
 CPU = torch.device("cpu")

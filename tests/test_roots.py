@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 import dsets
-import roots
+from util import download as roots
 from conftest import write_root
 
 

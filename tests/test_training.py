@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, precision_score, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import cli
+from util import config as cli
 import dsets
-import machine
+from util import device as machine
 import models
-import optim
-import plots
-import processes
-import runs
+from util import optim
+from util import report as plots
+from util import dist as processes
+from util import rundir as runs
 import training
 from conftest import Tiny, write_root
 
@@ -457,14 +457,14 @@ def test_the_default_run_folder(root, tmp_path, monkeypatch):
 
 
 def test_demo_goes_the_same_way(tmp_path, monkeypatch, capsys):
-    import roots
+    from util import download as roots
     monkeypatch.setattr(roots, "DEMO_CLIPS_PER_CLASS", 2)
     run("--demo", "--data", tmp_path / "demo", "--run-dir", tmp_path / "run", "--epochs", 1)
     assert "100 clips, 50 classes, folds 1, 2" in capsys.readouterr().out
 
 
 def test_download_then_train(root, tmp_path, monkeypatch):
-    import roots
+    from util import download as roots
     asked = []
     monkeypatch.setattr(roots, "download", asked.append)
     run("--download", "--data", root, "--run-dir", tmp_path / "run", "--epochs", 1)
@@ -566,7 +566,8 @@ def test_another_seed_gives_other_weights(root, tmp_path):
 
 
 PAGE_FAULTS = """
-import resource, torch, machine
+import resource, torch
+from util import device as machine
 machine.keep_freed_memory()
 for i in range(6):
     torch.zeros(2 ** 26)
@@ -832,7 +833,7 @@ def test_resume_refuses_a_damaged_checkpoint(reference, capsys, kind, words):
 
 def test_a_second_process_on_one_training_is_refused(root, tmp_path, capsys):
     run_dir = train_in(tmp_path / "run", root)
-    code = f"import runs, sys; lock = runs.locked(runs.Path({str(run_dir / 'seed-42' / 'fold-1')!r})); lock.__enter__(); " \
+    code = f"from util import rundir as runs; import sys; lock = runs.locked(runs.Path({str(run_dir / 'seed-42' / 'fold-1')!r})); lock.__enter__(); " \
            f"print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=PROGRAM.parent, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)

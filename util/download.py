@@ -22,7 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from dsets import NUM_CLASSES, NUM_FOLDS, read_table
-from recordings import CLIP_SAMPLES, SAMPLE_RATE, UserError, first_line, first_ten, in_threads, load_waveform, write_whole
+from util.cache import CLIP_SAMPLES, SAMPLE_RATE, UserError, first_line, first_ten, in_threads, load_waveform, write_whole
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
 MAX_ARCHIVE_BYTES = 2 * 10 ** 9  # the published archive has 0.6 GB

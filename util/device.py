@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from recordings import UserError
+from util.cache import UserError
 
 
 def choose_device(name: str) -> torch.device:

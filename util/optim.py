@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from recordings import check_weights
+from util.cache import check_weights
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

@@ -30,8 +30,8 @@ import torchaudio
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-import plots
-from recordings import UserError, check_weights, load_tensors, read_json, write_whole
+from util import report as plots
+from util.cache import UserError, check_weights, load_tensors, read_json, write_whole
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 ROW_KEYS = ("seed", "fold", "epoch", "phase", "loss", "accuracy", "precision", "recall", "f1", "seconds")

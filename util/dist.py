@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from recordings import UserError
+from util.cache import UserError
 
 # How long a rank waits for another: as long as it may take to compute the features of millions of clips. One that died is
 # noticed at once, by its closed connections and by torchrun.

@@ -5,8 +5,8 @@ import reprlib
 from pathlib import Path
 
 import models
-import runs
-from recordings import UserError
+from util import rundir as runs
+from util.cache import UserError
 
 RECIPES = {
     # the write-up's of 2023; its batch size is not known: this one was measured (README)

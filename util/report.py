@@ -3,7 +3,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from recordings import MEL
+from util.cache import MEL
 
 TRAINING_COLOUR, VALIDATION_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion of Okabe & Ito: colour-blind safe
 

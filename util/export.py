@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import dsets
-from recordings import CLIP_SAMPLES, MEL, POWER_FLOOR, SAMPLE_RATE, TOP_DB, LogMel, UserError, write_whole
+from util.cache import CLIP_SAMPLES, MEL, POWER_FLOOR, SAMPLE_RATE, TOP_DB, LogMel, UserError, write_whole
 
 TOLERANCE = 1e-4  # of probabilities, between onnxruntime and torch
 
