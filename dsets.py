@@ -1,123 +1,226 @@
-"""ESC-50 as mel-spectrograms -> folds -> augmented batches.
+"""Recordings as tensors: recording -> waveform -> mel-spectrogram -> folds -> augmented batches.
 
-    features of all clips    (N, 1, 128, 431)        ESC50 (computed by recordings.py, once)
+    recording                any sample rate, any number of channels
+    waveform                 (1, 220500) float32     load_waveform
+    mel-spectrogram, dB      (1, 128, 431)           LogMel
+    features of all clips    (N, 1, 128, 431)        ESC50 (computed once, see util/cache.py)
     crop                     (B, 1, 100, 384)        draw_crops, crop
-    masked crop              (B, 1, 100, 384)        draw_masks, apply_masks
+    augmented example        (B, 1, 100, 384)        training_batches
 
 Every random draw comes from a generator made by `generator_for(seed, fold, epoch, purpose)`.
 """
-import csv
+import contextlib
+import functools
 import hashlib
 import json
 import math
-import reprlib
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
+import soundfile
+import soxr
 import torch
 import torch.nn.functional as F
 
-from util.cache import (  # some for whoever imports this file alone
-    CLIP_SAMPLES, FRAMES, MEL, SAMPLE_RATE, TOP_DB, LogMel, UserError, load_features, load_waveform)
+from util import cache, tables
+from util.errors import UserError, check_regular_file
 
-# ESC-50 (Piczak, ACM MM 2015): 2000 clips of 5 s at 44.1 kHz, 50 classes, 5 folds.
-NUM_CLASSES = 50
-NUM_FOLDS = 5
-MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; the published table has 0.1 MB
-COLUMNS = ("filename", "fold", "target", "category", "esc10")
+SAMPLE_RATE = 44_100  # Hz, ESC-50's
+CLIP_SAMPLES = 5 * SAMPLE_RATE  # 220 500: ESC-50's clips have 5 s
 
-# The crop of the write-up; masks as in SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1).
-CROP_MELS, CROP_FRAMES = 100, 384
-FEATURES = {**MEL, "top_db": TOP_DB, "crop": [CROP_MELS, CROP_FRAMES]}  # as checkpoints record what their network knows
-FREQUENCY_MASKS, MAX_MASK_MELS = 2, 27
-TIME_MASKS, MAX_MASK_FRAMES = 2, 100
-EQUALISER_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
+# What is accepted of a recording's header.
+RATE_LIMITS = (1_000, 768_000)  # Hz; from below telephone speech to the fastest audio converters
+MAX_CHANNELS = 64  # the largest microphone arrays on sale
+STREAMED = (0xFFFFFFFF, 0x7FFFF000)  # data lengths of WAV files written to a pipe, by ffmpeg and by SoX
+MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
+
+FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
+FILTER_AUGMENT_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
 
 
-# --- the data set -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FeatureParams:
+    """Parameters of the mel-spectrogram and of the crop that a network sees; the defaults are those of the 2023 write-up.
 
-def read_table(root: str | Path) -> pd.DataFrame:
-    """meta/esc50.csv of a root, checked: columns filename, fold, target, category, esc10, one row a clip.
-
-    Raises UserError naming the line if a value is not what ESC-50's table may hold.
+    Raises UserError for a choice that cannot work.
     """
-    path = Path(root) / "meta" / "esc50.csv"
-    if not path.is_file():
-        raise UserError(f"--data {root}: has no meta/esc50.csv; name an ESC-50 folder, fetch it with --download, "
-                        f"or try --demo")
-    if path.stat().st_size > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; deal the "
-                        f"clips out to several data folders")
-    lines, rows = [], []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if not header:
-                raise UserError(f"{path}: begins with an empty line, or is empty; expected {', '.join(COLUMNS)}")
-            missing = [column for column in COLUMNS if column not in header]
-            if missing:
-                raise UserError(f"{path}: has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: names a column twice; expected each once")
-            places = [header.index(column) for column in COLUMNS]
-            for cells in filter(None, reader):  # blank lines are none
-                if len(cells) != len(header):
-                    raise UserError(f"{path}: line {reader.line_num}: has {len(cells)} cells, its header {len(header)}; expected "
-                                    f"{', '.join(COLUMNS)}")
-                lines.append(reader.line_num)
-                rows.append([cells[place] for place in places])
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a comma-separated table in UTF-8 ({error}); save it as one") from error
-    if not rows:
-        raise UserError(f"{path}: lists no clips, expected a row for each; fetch it anew (--download)")
-    table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
 
-    def refuse(wrong: pd.Series, column: str, expected: str) -> None:
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise UserError(f"{path}: line {lines[row]}: {column} is {reprlib.repr(table[column][row])}, expected {expected}")
+    n_fft: int = 2048  # samples of a window
+    hop_length: int = 512  # samples from one frame to the next
+    n_mels: int = 128
+    f_min: float = 0.0  # Hz
+    f_max: float = 8000.0  # Hz
+    top_db: float = 80.0  # dB below the loudest value; torchaudio's and librosa's usual value, as amin is
+    amin: float = 1e-10  # smallest power
+    crop_mels: int = 100
+    crop_frames: int = 384
 
-    names = table["filename"]
-    refuse((names == "") | names.str.contains(r"[/\\:\x00]") | names.isin([".", ".."]), "filename",
-           "the name of a file in audio/, without a folder")
-    refuse(names.duplicated(), "filename", "each file once")
-    for column, low, high in (("fold", 1, NUM_FOLDS), ("target", 0, NUM_CLASSES - 1)):
-        allowed = [str(value) for value in range(low, high + 1)]
-        refuse(~table[column].isin(allowed), column, f"a whole number from {low} to {high}")
-    refuse(~table["esc10"].str.lower().isin(["true", "false"]), "esc10", "True or False")
-    refuse(~table["category"].map(lambda name: name.isprintable() and bool(name.strip())), "category", "a printable name")
-    for column, other in (("target", "category"), ("category", "target")):
-        first = table.groupby(column)[other].transform("first")
-        refuse(table[other] != first, other, f"the same for every clip of one {column}")
-    return table.assign(fold=table["fold"].astype(int), target=table["target"].astype(int),
-                        esc10=table["esc10"].str.lower() == "true")
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, field.type)) or (field.type is int and value < 1):
+                expected = "an int above 0" if field.type is int else "a float"
+                raise UserError(f"features: {field.name} is {value!r:.100}, expected {expected}")
+        for holds, expected in (
+                (16 <= self.n_fft <= 32_768, "n_fft from 16 to 32768"),
+                (self.n_fft / 32 <= self.hop_length <= self.n_fft, "hop_length from n_fft / 32 to n_fft"),
+                (1 <= self.n_mels <= min(512, self.n_fft / 2), "n_mels up to n_fft / 2, and to 512"),
+                (0 <= self.f_min < self.f_max <= SAMPLE_RATE / 2, f"0 <= f_min < f_max <= {SAMPLE_RATE // 2} Hz"),
+                (0 < self.top_db < 1000 and 0 < self.amin < 1, "top_db from 0 to 1000 dB, amin from 0 to 1"),
+                (1 <= self.crop_mels <= self.n_mels and 1 <= self.crop_frames <= self.num_frames,
+                 f"a crop within the mel-spectrogram of {self.n_mels} mels and {self.num_frames} frames"),
+                (self.crop_mels * self.crop_frames <= 250_000, "a crop of 250 000 values at most")):
+            if not holds:
+                raise UserError(f"features: expected {expected}; found {self}")
 
+    @property
+    def num_frames(self) -> int:
+        return CLIP_SAMPLES // self.hop_length + 1  # 431: a frame at both ends (center=True)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of an example as the network gets it: (1, 100, 384)."""
+        return 1, self.crop_mels, self.crop_frames
+
+
+# --- recording -> waveform --------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def open_audio(path: str | Path):
+    """The soundfile.SoundFile of a recording, or of standard input for "-".
+
+    Raises UserError if it is no regular file, cannot be decoded (also while it is read), is shorter than its header says, or
+    has an absurd sample rate or number of channels.
+    """
+    with contextlib.ExitStack() as stack:
+        if path == "-" and sys.stdin:
+            source = stack.enter_context(tempfile.TemporaryFile())  # a header is read with seeks, which a pipe does not have
+            shutil.copyfileobj(sys.stdin.buffer, source)
+            source.seek(0)
+        else:
+            check_regular_file(path)
+            source = Path(path)
+        try:
+            file = stack.enter_context(soundfile.SoundFile(source))
+            if not RATE_LIMITS[0] <= file.samplerate <= RATE_LIMITS[1] or file.channels > MAX_CHANNELS:
+                raise UserError(f"{path}: has {file.samplerate} Hz and {file.channels} channels, expected {RATE_LIMITS[0]} to "
+                                f"{RATE_LIMITS[1]} Hz and at most {MAX_CHANNELS} channels")
+            # libsndfile reads what is there and reports a short file in its log only
+            short = re.search(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+            if short and int(short[1]) not in STREAMED:
+                raise UserError(f"{path}: is cut short: {short[2]} of {short[1]} bytes of sound are there; copy it again")
+            yield file
+        except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
+            # TypeError: headerless, by the file's extension; UnicodeError: a name that is not UTF-8
+            raise UserError(f"{path}: cannot be decoded as audio ({error})") from error
+
+
+def windows(path: str | Path, hop: int = CLIP_SAMPLES):
+    """Windows of a recording: first sample, samples in it and waveform (1, 220500) float32, read as they are asked for.
+
+    A window begins every `hop` samples at 44 100 Hz until one reaches the end; that one is padded with zeros. Channels are
+    averaged, other sample rates resampled (soxr, high quality). "-" is standard input.
+    Raises UserError if the recording cannot be decoded, is empty, or holds a sample that is not a finite number.
+    """
+    start, pending, done = 0, np.zeros(0, np.float32), False  # pending: the samples from `start` on that have been read
+    with open_audio(path) as file:
+        resampler = None
+        if file.samplerate != SAMPLE_RATE:
+            resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
+        while not done:
+            samples = file.read(CLIP_SAMPLES, dtype="float32", always_2d=True)  # (frames, channels)
+            done = len(samples) == 0
+            peak = np.maximum(samples.max(initial=0), -samples.min(initial=0))  # NaN if a sample is
+            if not peak <= MAX_AMPLITUDE:
+                raise UserError(f"{path}: holds samples as large as {peak:.3g}, or not a number; expected about 1 at most")
+            mono = samples.mean(axis=1) if file.channels > 1 else samples[:, 0]  # (frames, channels) -> (frames,)
+            if resampler:
+                mono = resampler.resample_chunk(np.ascontiguousarray(mono), last=done)
+            pending = np.concatenate([pending, mono])
+            while len(pending) > CLIP_SAMPLES:  # a window that ends where the recording does is the last: it waits
+                yield start, CLIP_SAMPLES, torch.from_numpy(pending[:CLIP_SAMPLES].copy())[None]  # (220500,) -> (1, 220500)
+                start, pending = start + hop, pending[hop:]
+    if len(pending) == 0:
+        raise UserError(f"{path}: holds no samples, or too few to resample")
+    padded = np.pad(pending, (0, CLIP_SAMPLES - len(pending)))
+    yield start, len(pending), torch.from_numpy(padded)[None]  # (220500,) -> (1, 220500)
+
+
+def load_waveform(path: str | Path) -> torch.Tensor:
+    """The first 5 s of a recording: (1, 220500) float32, nominally in [-1, 1], at 44 100 Hz (see `windows`)."""
+    with contextlib.closing(windows(path)) as first:
+        return next(first)[2]
+
+
+# --- waveform -> mel-spectrogram --------------------------------------------------------------------------------------
+
+class LogMel(torch.nn.Module):
+    """Waveform (..., samples) in [-1, 1] -> mel-spectrogram (..., n_mels, frames) in dB.
+
+    Equal to torchaudio's MelSpectrogram (HTK scale, no norm, power 2, reflect padding) followed by AmplitudeToDB(top_db=80)
+    on one clip at a time; faster, as only frequency bins that reach a mel filter are squared and summed. The dB are cut 80
+    below the loudest value of each clip, never of a batch.
+    """
+
+    def __init__(self, params: FeatureParams | None = None):
+        super().__init__()
+        import torchaudio  # here: with cached features, a training never needs it
+        self.params = params = params or FeatureParams()
+        filters = torchaudio.functional.melscale_fbanks(  # (1025 bins, 128 mels)
+            params.n_fft // 2 + 1, params.f_min, params.f_max, params.n_mels, SAMPLE_RATE)
+        self.num_bins = int(filters.any(dim=1).nonzero().max()) + 1  # 372 of 1025: the others lie above f_max
+        self.register_buffer("filters", filters[:self.num_bins].T.contiguous())  # (128 mels, 372 bins)
+        self.register_buffer("window", torch.hann_window(params.n_fft))
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        flat = waveform.reshape(-1, waveform.shape[-1])  # (..., samples) -> (clips, samples)
+        spectrum = torch.stft(flat, self.params.n_fft, self.params.hop_length, window=self.window, center=True,
+                              pad_mode="reflect", return_complex=True)  # -> (clips, 1025, frames)
+        spectrum = spectrum[:, :self.num_bins]  # -> (clips, 372, frames)
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+        mel = self.filters @ power  # (128, 372) @ (clips, 372, frames) -> (clips, 128, frames)
+        decibels = 10 * mel.clamp(min=self.params.amin).log10()
+        decibels = torch.maximum(decibels, decibels.amax(dim=(1, 2), keepdim=True) - self.params.top_db)
+        return decibels.reshape(*waveform.shape[:-1], *decibels.shape[1:])  # -> (..., 128, frames)
+
+
+def normalize(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """(decibels - mean) / std, both in dB, of the training folds (`ESC50.mean_std`)."""
+    return (decibels - mean) / std
+
+
+# --- the data set and its folds ---------------------------------------------------------------------------------------
 
 class ESC50(torch.utils.data.Dataset):
-    """ESC-50, or a root laid out like it, as mel-spectrograms.
-
-    ds[i] is (feature (1, 128, 431) float32 in dB, class index); len(ds) the number of clips.
+    """ESC-50, or a folder laid out like it, as mel-spectrograms: ds[i] is (feature (1, 128, 431) float32 in dB, class index).
 
     table     a row a clip: filename, fold, target, category, esc10
     classes   category names in the order of their targets; class indices count through them from 0
     targets   (N,) class indices, int64; for all 50 classes the same as the table's targets
-    features  (M, 1, 128, 431) of all the root's clips, memory-mapped; rows[i] is the row of clip i
+    features  (M, 1, 128, 431) of all the folder's clips, memory-mapped; rows[i] is the row of clip i
+    params    the FeatureParams of the features and of their crops
 
-    root: a folder with meta/esc50.csv and audio/*.wav; esc10: keep the clips of ESC-10 alone;
-    progress: show a bar while features are computed (on a terminal).
-    Raises UserError where the root cannot be used.
+    root: a folder with meta/esc50.csv and audio/*.wav; esc10: keep the clips of ESC-10 alone. Raises UserError where the
+    folder cannot be used.
     """
 
-    def __init__(self, root: str | Path = "data/ESC-50", esc10: bool = False, progress: bool = True):
-        self.root = Path(root)
-        table = read_table(self.root)
+    def __init__(self, root: str | Path = "data/ESC-50", esc10: bool = False, params: FeatureParams | None = None):
+        self.root, self.params = Path(root), params or FeatureParams()
+        table = tables.read_esc50(self.root)
         keep = table["esc10"] if esc10 else table["target"] >= 0
         if not keep.any():
             raise UserError(f"--esc10: no clip in {self.root}/meta/esc50.csv is marked esc10; leave the flag out")
-        self.features, digests = load_features(self.root, list(table["filename"]), progress)
+        log_mel = functools.cache(lambda: LogMel(self.params))  # needed only if features are not there yet
+        mel_params = {name: value for name, value in vars(self.params).items() if not name.startswith("crop")}
+        self.features, digests = cache.load_features(
+            self.root, [f"audio/{name}" for name in table["filename"]], lambda path: log_mel()(load_waveform(path)).numpy(),
+            (1, self.params.n_mels, self.params.num_frames), mel_params)
         self.rows = torch.from_numpy(np.flatnonzero(keep))
         self.digests = [digests[row] for row in self.rows]
         self.table = table[keep].reset_index(drop=True)
@@ -135,40 +238,34 @@ class ESC50(torch.utils.data.Dataset):
 
     def __repr__(self) -> str:
         return (f"ESC50({str(self.root)!r}: {len(self)} clips, {len(self.classes)} classes, "
-                f"folds {', '.join(map(str, self.folds))}; features (1, {MEL['n_mels']}, {FRAMES}) in dB)")
+                f"folds {', '.join(map(str, self.folds))}; features {tuple(self.features.shape[1:])} in dB)")
 
     def waveform(self, index: int) -> torch.Tensor:
         """The waveform (1, 220500) of clip `index`, float32 at 44 100 Hz."""
         return load_waveform(self.root / "audio" / self.table["filename"][range(len(self))[index]])
 
     def split(self, fold: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the training clips (all other folds) and of the validation clips (this fold).
-
-        Raises UserError if either side would be empty.
-        """
+        """Indices of the training clips (all other folds) and of the validation clips (this fold); UserError if one is empty."""
         held_out = torch.tensor(self.table["fold"].to_numpy() == fold)
         training, validation = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
-        if len(validation) == 0:
-            raise UserError(f"--fold {fold}: no clip of {self.root} is in it; expected one of "
-                            f"{', '.join(map(str, self.folds))}")
-        if len(training) == 0:
-            raise UserError(f"--fold {fold}: every clip of {self.root} is in it, none is left to train on; give the clips "
-                            f"of meta/esc50.csv more than one fold")
+        if len(validation) == 0 or len(training) == 0:
+            raise UserError(f"--fold {fold}: leaves no clip of {self.root} to {'validate' if len(training) else 'train'} on; expected "
+                            f"all, or some of its folds, {' '.join(map(str, self.folds))}")
         return training, validation
 
-    def statistics(self, indices: torch.Tensor) -> tuple[float, float]:
+    def mean_std(self, indices: torch.Tensor) -> tuple[float, float]:
         """Mean and standard deviation (dB) over the features of these clips: give it the training clips."""
         totals = torch.zeros(2, dtype=torch.float64)
         for index in indices:
-            feature = self.features[self.rows[index]].cpu().double()  # also on a GPU: the same bits everywhere
+            feature = self.features[self.rows[index]].cpu().double()  # on the CPU also for a GPU: the same bits everywhere
             totals += torch.stack([feature.sum(), feature.square().sum()])
-        count = len(indices) * MEL["n_mels"] * FRAMES
+        count = len(indices) * feature.numel()
         mean = totals[0].item() / count
         std = math.sqrt(max(totals[1].item() / count - mean ** 2, 0.0))
         return mean, std if std > 0 else 1.0  # silence everywhere: nothing to scale
 
     def fingerprint(self) -> str:
-        """SHA-256 of the clips' table rows and the files' contents, wherever the root lies."""
+        """SHA-256 of the clips' table rows and the files' contents, wherever the folder lies."""
         rows = self.table.astype(str).values.tolist()
         return hashlib.sha256(json.dumps([rows, self.digests]).encode()).hexdigest()
 
@@ -181,169 +278,162 @@ def generator_for(seed: int, fold: int, epoch: int, purpose: str) -> torch.Gener
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw_crops(count: int, generator: torch.Generator, shift_frames: int = 0) -> torch.Tensor:
+def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, shift_frames: int = 0) -> torch.Tensor:
     """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most), int64.
 
-    A crop that passes the end of its clip goes on at the beginning: as if the clip had been shifted in time, in a circle.
+    A crop that passes the end of its clip wraps around to its beginning, as if the clip had been shifted by torch.roll.
     """
-    mels = torch.randint(MEL["n_mels"] - CROP_MELS + 1, (count,), generator=generator)
-    frames = torch.randint(min(FRAMES, FRAMES - CROP_FRAMES + 1 + shift_frames), (count,), generator=generator)
+    mels = torch.randint(params.n_mels - params.crop_mels + 1, (count,), generator=generator)
+    last = min(params.num_frames, params.num_frames - params.crop_frames + 1 + shift_frames)
+    frames = torch.randint(last, (count,), generator=generator)
     return torch.stack([mels, frames], dim=1)
 
 
-def validation_corners(crops: int = 1) -> torch.Tensor:
-    """The corners (crops, 2) at which a clip is heard in validation: 1, the centre (mel 14, frame 23), or a grid of 9."""
-    mel, frame = (MEL["n_mels"] - CROP_MELS) // 2, (FRAMES - CROP_FRAMES) // 2
-    if crops == 1:
+def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tensor:
+    """The corners (tta_crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or a grid of 9."""
+    mel, frame = (params.n_mels - params.crop_mels) // 2, (params.num_frames - params.crop_frames) // 2
+    if tta_crops == 1:
         return torch.tensor([[mel, frame]])
     return torch.cartesian_prod(torch.tensor([0, mel, 2 * mel]), torch.tensor([0, frame, 2 * frame]))
 
 
-def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2), round the end."""
-    mels = corners[:, 0, None] + torch.arange(CROP_MELS, device=corners.device)  # (B,) -> (B, 100)
-    frames = (corners[:, 1, None] + torch.arange(CROP_FRAMES, device=corners.device)) % FRAMES  # (B,) -> (B, 384)
+def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, params: FeatureParams) -> torch.Tensor:
+    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2); the end wraps around."""
+    mels = corners[:, 0, None] + torch.arange(params.crop_mels, device=corners.device)  # (B,) -> (B, 100)
+    frames = (corners[:, 1, None] + torch.arange(params.crop_frames, device=corners.device)) % params.num_frames  # -> (B, 384)
     # indices (B, 1, 1), 0, (B, 100, 1), (B, 1, 384) -> (B, 100, 384)
     return features[rows[:, None, None], 0, mels[:, :, None], frames[:, None, :]].unsqueeze(1)  # -> (B, 1, 100, 384)
 
 
-def draw_masks(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random bands (count, 4, 2), each [start, end): two of mels, then two of frames, int64.
+def draw_masks(count: int, generator: torch.Generator, params: FeatureParams, freq_mask_param: int,
+               time_mask_param: int) -> torch.Tensor:
+    """SpecAugment's random bands (count, 4, 2), each [start, end): two of mels, then two of frames, int64.
 
-    A width is drawn uniformly from 0 to 27 mels (100 frames), its start from where it fits: SpecAugment.
+    A width is drawn uniformly from 0 to freq_mask_param mels (time_mask_param frames), its start from where it fits.
     """
-    longest = torch.tensor([MAX_MASK_MELS] * FREQUENCY_MASKS + [MAX_MASK_FRAMES] * TIME_MASKS)
-    size = torch.tensor([CROP_MELS] * FREQUENCY_MASKS + [CROP_FRAMES] * TIME_MASKS)
-    draws = torch.rand(2, count, FREQUENCY_MASKS + TIME_MASKS, generator=generator, dtype=torch.float64)
+    size = torch.tensor([params.crop_mels] * FREQ_MASKS + [params.crop_frames] * TIME_MASKS)
+    longest = torch.minimum(torch.tensor([freq_mask_param] * FREQ_MASKS + [time_mask_param] * TIME_MASKS), size)
+    draws = torch.rand(2, count, FREQ_MASKS + TIME_MASKS, generator=generator, dtype=torch.float64)
     widths = (draws[0] * (longest + 1)).long()
     starts = (draws[1] * (size - widths + 1)).long()
     return torch.stack([starts, starts + widths], dim=-1)
 
 
-def apply_masks(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Examples (B, 1, 100, 384) with their own bands (B, 4, 2) set to 0, the mean of normalised features."""
+def spec_augment(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Examples (B, 1, 100, 384) with their own bands (B, 4, 2) set to 0, the mean of normalized features."""
     start, end = masks[..., 0, None], masks[..., 1, None]  # (B, 4, 1)
-    mel = torch.arange(CROP_MELS, device=masks.device)
-    frame = torch.arange(CROP_FRAMES, device=masks.device)
-    mel_masked = ((mel >= start) & (mel < end))[:, :FREQUENCY_MASKS].any(dim=1)  # (B, 2, 100) -> (B, 100)
-    frame_masked = ((frame >= start) & (frame < end))[:, FREQUENCY_MASKS:].any(dim=1)  # (B, 2, 384) -> (B, 384)
+    mel = torch.arange(examples.shape[2], device=masks.device)
+    frame = torch.arange(examples.shape[3], device=masks.device)
+    mel_masked = ((mel >= start) & (mel < end))[:, :FREQ_MASKS].any(dim=1)  # (B, 2, 100) -> (B, 100)
+    frame_masked = ((frame >= start) & (frame < end))[:, FREQ_MASKS:].any(dim=1)  # (B, 2, 384) -> (B, 384)
     masked = mel_masked[:, None, :, None] | frame_masked[:, None, None, :]  # -> (B, 1, 100, 384)
     return examples.masked_fill(masked, 0.0)
 
 
-def draw_responses(count: int, equalise: float, generator: torch.Generator) -> torch.Tensor:
+def draw_filter_augment(count: int, filter_augment: float, generator: torch.Generator, params: FeatureParams) -> torch.Tensor:
     """Random frequency responses (count, 1, 100, 1) in dB, as of other microphones and rooms.
 
-    Straight lines between points that lie evenly over the crop's mels, each uniform within +-equalise dB: the linear kind
-    of FilterAugment (Nam et al., ICASSP 2022), whose points lie at random.
+    Straight lines between points evenly spaced over the crop's mels, each uniform within +-filter_augment dB: the linear
+    kind of FilterAugment (Nam et al., ICASSP 2022), whose points lie at random.
     """
-    points = equalise * (2 * torch.rand(count, 1, EQUALISER_POINTS, generator=generator) - 1)
-    responses = F.interpolate(points, CROP_MELS, mode="linear", align_corners=True)  # (count, 1, 5) -> (count, 1, 100)
+    points = filter_augment * (2 * torch.rand(count, 1, FILTER_AUGMENT_POINTS, generator=generator) - 1)
+    responses = F.interpolate(points, params.crop_mels, mode="linear", align_corners=True)  # (count, 1, 5) -> (count, 1, 100)
     return responses.unsqueeze(-1)  # -> (count, 1, 100, 1)
 
 
-def draw_shares(count: int, mix: float, generator: torch.Generator) -> torch.Tensor:
-    """How much of each example is its own, the rest another's: (count,) in [0.5, 1], float32.
+def draw_lam(count: int, alpha: float, generator: torch.Generator) -> torch.Tensor:
+    """Mixup's lam, how much of each example is its own: (count,) in [0.5, 1], float32.
 
-    From a Beta(mix, mix) distribution as in mixup (Zhang et al., ICLR 2018), the larger part always the example's own. Of
-    the generator, only the seed is used: torch draws no Beta from one.
+    From a Beta(alpha, alpha) distribution (mixup: Zhang et al., ICLR 2018), the larger part always the example's own. Only
+    the generator's seed is used: torch draws no Beta from a generator.
     """
-    shares = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(mix, mix, count)
-    return torch.from_numpy(np.maximum(shares, 1 - shares).astype(np.float32))
+    lam = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(alpha, alpha, count)
+    return torch.from_numpy(np.maximum(lam, 1 - lam).astype(np.float32))
 
 
-def mix_examples(examples: torch.Tensor, others: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Each of the examples (B, 1, 100, 384) times its share (B,), plus one of the others (B, 1, 100, 384) times the rest."""
-    shares = shares[:, None, None, None]  # (B,) -> (B, 1, 1, 1)
-    return shares * examples + (1 - shares) * others
+def mix_examples(examples: torch.Tensor, others: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """lam (B,) times each of the examples (B, 1, 100, 384), plus 1 - lam times one of the others (B, 1, 100, 384)."""
+    lam = lam[:, None, None, None]  # (B,) -> (B, 1, 1, 1)
+    return lam * examples + (1 - lam) * others
 
 
-def normalise(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """(decibels - mean) / std, both in dB, from the training folds (`ESC50.statistics`)."""
-    return (decibels - mean) / std
-
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What one rank learns from in one step.
+    """What one process (rank) learns from in one step.
 
-    examples   (B, 1, 100, 384), normalised
-    targets    (B,) class indices
-    shares     (B,) how much of each example is its own, the rest another's of the same batch; None if nothing is mixed
-    others     (B,) targets of those; None if nothing is mixed
-    positions  (B,) each example's place among the epoch's, on the CPU; (0,) where a rank got none of a short batch: the
-               example is then another rank's, for the shapes' sake, and must not count
-    size       examples of the whole batch, all ranks' together
+    Where a rank gets none of a short batch, positions is empty, and the one example is another rank's and does not count.
     """
 
-    examples: torch.Tensor
-    targets: torch.Tensor
-    shares: torch.Tensor | None
-    others: torch.Tensor | None
-    positions: torch.Tensor
-    size: int
+    examples: torch.Tensor  # (B, 1, 100, 384), normalized
+    targets: torch.Tensor  # (B,) class indices
+    lam: torch.Tensor | None  # (B,) how much of each example is its own, the rest another's of the batch; None without mixup
+    other_targets: torch.Tensor | None  # (B,) class indices of the others; None without mixup
+    positions: torch.Tensor  # (B,) each example's place among the epoch's, on the CPU
+    size: int  # examples of the whole batch, over all ranks
 
 
-def training_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, views: int,
-                     batch_size: int, seed: int, fold: int, epoch: int, device: torch.device, time_shift: float = 0.0,
-                     gain: float = 0.0, equalise: float = 0.0, mix: float = 0.0, rank: int = 0, ranks: int = 1):
+def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, views: int, batch_size: int,
+                     seed: int, fold: int, epoch: int, device: torch.device, freq_mask: int = 27, time_mask: int = 100,
+                     time_shift: float = 0.0, gain: float = 0.0, filter_augment: float = 0.0, mixup: float = 0.0,
+                     rank: int = 0, world_size: int = 1):
     """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
-    Each clip gives `views` examples: the first a random crop, the others random crops with masks. time_shift: by how much
-    a clip may be shifted in a circle, s; gain: by how much it may be louder or softer, dB; equalise: by how much some
-    frequencies may be louder or softer than others, dB (`draw_responses`); mix: how strongly each example is mixed with the
-    one before it in its batch (`draw_shares`). Of each batch, this rank gets its part: the parts of all ranks in a row are
-    the batch that one rank alone would get.
+    Each clip gives `views` examples: all random crops, all but the first also masked (freq_mask in mels, time_mask in
+    frames: `draw_masks`), shifted by up to time_shift s (`draw_crops`), up to gain dB louder or softer, some frequencies up to
+    filter_augment dB (`draw_filter_augment`), mixed with the example before it in its batch (mixup: `draw_lam`'s alpha).
+    Of each batch, this rank gets its part: the parts of all ranks in a row are the batch that one process alone would get.
     All draws of the epoch are made at once and on the CPU: they depend on seed, fold and epoch alone.
     """
-    def generator(purpose: str) -> torch.Generator:
+    def generator(purpose: str) -> torch.Generator:  # another name for a purpose would change its draws
         return generator_for(seed, fold, epoch, purpose)
 
-    count = len(indices) * views
-    corners = draw_crops(count, generator("crops"), round(time_shift * MEL["sample_rate"] / MEL["hop_length"]))
-    masks = draw_masks(count, generator("masks"))
+    params, count = dataset.params, len(indices) * views
+    corners = draw_crops(count, generator("crops"), params, round(time_shift * SAMPLE_RATE / params.hop_length))
+    masks = draw_masks(count, generator("masks"), params, freq_mask, time_mask)
     order = torch.randperm(count, generator=generator("order"))
     masks[torch.arange(count) % views == 0] = 0  # [0, 0): the first view of each clip has no mask
     rows, targets = dataset.rows[indices[order // views]], dataset.targets[indices[order // views]]
     corners, masks, targets = corners[order], masks[order].to(device), targets.to(device)
     rows, corners = rows.to(dataset.features.device), corners.to(dataset.features.device)
-    levels = gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)  # dB
-    if equalise:
-        levels = levels + draw_responses(count, equalise, generator("equalise"))  # -> (count, 1, 100, 1)
-    levels = levels.to(device)
-    shares = draw_shares(count, mix, generator("mix")).to(device) if mix else None
+    decibels = gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)
+    if filter_augment:
+        decibels = decibels + draw_filter_augment(count, filter_augment, generator("equalise"), params)  # -> (count, 1, 100, 1)
+    decibels = decibels.to(device)
+    lam = draw_lam(count, mixup, generator("mix")).to(device) if mixup else None
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
-        part, longer = divmod(size, ranks)  # the first ranks get an example more
+        part, longer = divmod(size, world_size)  # the first ranks get an example more
         first, length = start + rank * part + min(rank, longer), part + (rank < longer)
         if length == 0:
             first = start
-        own = slice(first, first + max(length, 1))  # a slice: indices from the CPU would have a GPU waited for
+        own = slice(first, first + max(length, 1))  # a slice: a GPU would have to wait for indices from the CPU
         before = first - 1 if first > start else start + size - 1  # before the batch's first example comes its last
 
-        def wanted(values: torch.Tensor) -> torch.Tensor:
-            """Those of this rank's examples, and of the one before them where they are mixed."""
-            return torch.cat([values[before:before + 1], values[own]]) if mix else values[own]
+        def select(values: torch.Tensor) -> torch.Tensor:
+            """The values of this rank's examples; with mixup, after that of the example before them."""
+            return torch.cat([values[before:before + 1], values[own]]) if mixup else values[own]
 
-        examples = crop(dataset.features, wanted(rows), wanted(corners)).to(device)
-        if gain or equalise:
-            examples += wanted(levels)
-        examples = apply_masks(normalise(examples, *stats), wanted(masks))
-        if mix:
-            examples = mix_examples(examples[1:], examples[:-1], shares[own])
-        yield Batch(examples, targets[own], shares[own] if mix else None, wanted(targets)[:-1] if mix else None,
+        examples = crop(dataset.features, select(rows), select(corners), params).to(device)  # -> (B, 1, 100, 384)
+        if gain or filter_augment:
+            examples += select(decibels)
+        examples = spec_augment(normalize(examples, *mean_std), select(masks))
+        if mixup:
+            examples = mix_examples(examples[1:], examples[:-1], lam[own])
+        yield Batch(examples, targets[own], lam[own] if mixup else None, select(targets)[:-1] if mixup else None,
                     torch.arange(first, first + length), size)
 
 
-def validation_batches(dataset: ESC50, indices: torch.Tensor, stats: tuple[float, float], *, batch_size: int,
-                       device: torch.device, crops: int = 1, rank: int = 0, ranks: int = 1):
-    """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
+def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, batch_size: int,
+                       device: torch.device, tta_crops: int = 1, rank: int = 0, world_size: int = 1):
+    """Crops (tta_crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
 
-    All clips' first crops come first, then all their second ones. Each rank gets every so manieth batch: each clip once,
-    in the same company whatever the number of ranks, as the last bits of a network's output depend on that.
+    All clips' first crops come first, then all their second ones. Rank r gets every world_size-th batch from the r-th on:
+    the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
     """
-    corners = validation_corners(crops).to(dataset.features.device)
-    for positions in torch.arange(len(indices)).split(batch_size)[rank::ranks]:
+    corners = validation_corners(dataset.params, tta_crops).to(dataset.features.device)
+    for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size]:
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
-        examples = crop(dataset.features, rows.repeat(crops), corners.repeat_interleave(len(batch), dim=0)).to(device)
-        yield normalise(examples, *stats), dataset.targets[batch].to(device), positions
+        examples = crop(dataset.features, rows.repeat(tta_crops), corners.repeat_interleave(len(batch), dim=0), dataset.params)
+        yield normalize(examples.to(device), *mean_std), dataset.targets[batch].to(device), positions

@@ -1,14 +1,10 @@
 """Three convolutional networks for mel-spectrograms: a batch (B, 1, mels, frames) in, logits (B, classes) out.
 
 `python models.py` prints every layer with its input and output shape and its parameter count.
-The shapes in the comments are those of one example of (1, 100 mels, 384 frames).
+The shapes in the comments are those of an example of (1, 100 mels, 384 frames).
 """
 import torch
 from torch import nn
-
-from util.cache import check_weights, first_line, load_tensors
-
-EXAMPLE_SHAPE = (1, 1, 100, 384)  # batch, channels, mels, frames
 
 
 class CNN8(nn.Module):
@@ -17,9 +13,9 @@ class CNN8(nn.Module):
     All strides, no pooling between: Springenberg et al., "Striving for Simplicity" (ICLR workshop 2015).
     """
 
-    def __init__(self, num_classes: int = 50):
+    def __init__(self, num_classes: int = 50, input_shape: tuple[int, int, int] = (1, 100, 384)):
         super().__init__()
-        self.stem = conv_bn_relu(1, 32, stride=2)
+        self.stem = conv_bn_relu(input_shape[0], 32, stride=2)
         self.block1 = nn.Sequential(conv_bn_relu(32, 64, stride=2), conv_bn_relu(64, 64, stride=1))
         self.block2 = nn.Sequential(conv_bn_relu(64, 128, stride=2), conv_bn_relu(128, 128, stride=1))
         self.block3 = nn.Sequential(conv_bn_relu(128, 256, stride=2), conv_bn_relu(256, 256, stride=1))
@@ -38,18 +34,22 @@ class CNN8(nn.Module):
 
 
 class CNN4(nn.Module):
-    """Four convolutions, each with batch normalisation, tanh and a 2x2 max pool, and two linear layers.
+    """Four convolutions, each with batch normalization, tanh and a 2x2 max pool, and two linear layers.
 
-    Takes examples of 100 mels and 384 frames only: the first linear layer fixes the size.
+    Takes examples of input_shape only: the first linear layer's size follows from it.
     """
 
-    def __init__(self, num_classes: int = 50):
+    def __init__(self, num_classes: int = 50, input_shape: tuple[int, int, int] = (1, 100, 384)):
         super().__init__()
-        self.block1 = conv_bn_pool_tanh(1, 64, kernel_size=9, stride=2, padding=0)
+        self.block1 = conv_bn_pool_tanh(input_shape[0], 64, kernel_size=9, stride=2, padding=0)
         self.block2 = conv_bn_pool_tanh(64, 128, kernel_size=3, stride=1, padding=1)
         self.block3 = conv_bn_pool_tanh(128, 256, kernel_size=3, stride=1, padding=1)
         self.block4 = conv_bn_pool_tanh(256, 512, kernel_size=3, stride=1, padding=1)
-        self.fc1 = nn.Linear(512 * 2 * 11, 2048)
+        # each block: a convolution (the first of 9x9, stride 2), then a pool that halves; 100 -> 2 mels, 384 -> 11 frames
+        mels, frames = (((size - 9) // 2 + 1) // 16 for size in input_shape[1:])
+        if min(mels, frames) < 1:
+            raise ValueError(f"cnn4: an example of {input_shape} is too small; expected at least (1, 39, 39)")
+        self.fc1 = nn.Linear(512 * mels * frames, 2048)
         self.tanh = nn.Tanh()
         self.fc2 = nn.Linear(2048, num_classes)
         init_glorot(self)
@@ -90,12 +90,12 @@ class ResNet18(nn.Module):
     """The standard ResNet-18 (He et al., CVPR 2016) with a stem of one input channel.
 
     Names and shapes of the state dict are torchvision's, but for the stem's input channels and the head's
-    classes, so that published ImageNet weights load (`load_pretrained`).
+    classes, so that published ImageNet weights load (util/checkpoint.py, `load_pretrained`).
     """
 
-    def __init__(self, num_classes: int = 50, in_channels: int = 1):
+    def __init__(self, num_classes: int = 50, input_shape: tuple[int, int, int] = (1, 100, 384)):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(input_shape[0], 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -108,7 +108,7 @@ class ResNet18(nn.Module):
         init_he(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes) of spectrograms (B, in_channels, mels, frames); no softmax."""
+        """Logits (B, num_classes) of spectrograms (B, 1, mels, frames); no softmax."""
         x = self.relu(self.bn1(self.conv1(x)))  # (B, 1, 100, 384) -> (B, 64, 50, 192)
         x = self.maxpool(x)  # -> (B, 64, 25, 96)
         x = self.layer1(x)  # -> (B, 64, 25, 96)
@@ -120,7 +120,7 @@ class ResNet18(nn.Module):
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """A 3x3 convolution (no bias: the normalisation has one), BatchNorm and ReLU."""
+    """A 3x3 convolution (no bias: the normalization has one), BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -158,89 +158,47 @@ def init_glorot(model: nn.Module) -> None:
 
 MODELS = {"cnn8": CNN8, "cnn4": CNN4, "resnet18": ResNet18}
 
-# torchvision's ResNet18_Weights.IMAGENET1K_V1
-IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 
+def build_model(name: str, num_classes: int = 50, input_shape: tuple[int, int, int] = (1, 100, 384)) -> nn.Module:
+    """The model of that name ("cnn8", "cnn4", "resnet18") with new weights from torch's global generator.
 
-def build_model(name: str, num_classes: int = 50) -> nn.Module:
-    """The model of that name ("cnn8", "cnn4", "resnet18") with fresh weights from torch's global generator.
-
-    Raises ValueError for a name that is none of these.
+    input_shape: (1, mels, frames) of an example. Raises ValueError for another name, or an example too small for the model.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r}: expected one of {', '.join(MODELS)}")
-    return MODELS[name](num_classes)
+    return MODELS[name](num_classes, input_shape)
 
 
-def load_pretrained(model: ResNet18, source: str) -> None:
-    """Load ResNet-18 weights in torchvision's layout into `model`, all but the head, which stays as it is.
-
-    source: "imagenet" (torchvision's published weights, fetched once into torch.hub's cache) or a file's path.
-    A stem of three input channels is folded to one by summing: a grey picture, given as three equal channels,
-    comes out the same.
-    Raises ValueError with one line if the weights cannot be had, read, or do not fit.
-    """
-    try:
-        if source == "imagenet":
-            state = torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        else:
-            state = load_tensors(source)
-    except Exception as error:  # urllib and torch raise a dozen kinds
-        reason = first_line(error)
-        if source == "imagenet" and isinstance(error, OSError):
-            raise ValueError(f"--pretrained imagenet: cannot be fetched from {IMAGENET_URL} ({reason}); check the "
-                             f"connection, or fetch it by hand and name the file") from error
-        raise ValueError(f"--pretrained {source}: cannot be read as a file of tensors ({reason}); "
-                         f"expected torchvision's resnet18 state dict") from error
-    try:
-        check_weights(state)
-    except ValueError as error:
-        raise ValueError(f"--pretrained {source}: {error}; expected a state dict, as torchvision's resnet18 has") from error
-    state = dict(state)
-    if "conv1.weight" in state and state["conv1.weight"].ndim == 4:
-        state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
-    for name, tensor in model.state_dict().items():
-        if name.startswith("fc."):
-            state[name] = tensor
-        elif name.endswith("num_batches_tracked"):
-            state.setdefault(name, tensor)  # files from before torch 0.4.1 lack it
-        elif name not in state:
-            raise ValueError(f"--pretrained {source}: has no {name}; expected torchvision's resnet18 state dict")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"--pretrained {source}: {name} has shape {tuple(state[name].shape)}, "
-                             f"expected {tuple(tensor.shape)}")
-    unknown = sorted(state.keys() - model.state_dict().keys())
-    if unknown:
-        raise ValueError(f"--pretrained {source}: holds {unknown[0]}, which resnet18 does not have")
-    model.load_state_dict(state)
-
-
-def describe(model: nn.Module, shape: tuple[int, ...] = EXAMPLE_SHAPE) -> str:
-    """A table of the model's layers: name, kind, input and output shape, parameters. One forward pass on zeros."""
+def describe(model: nn.Module, input_shape: tuple[int, int, int] = (1, 100, 384)) -> str:
+    """A table of the model's layers: name, type, input and output shape, parameters. One forward pass on zeros."""
     rows = []
+
+    def shapes(value) -> str:
+        if isinstance(value, (tuple, list)):  # as a GRU returns
+            return ", ".join(map(shapes, value))
+        return str(tuple(value.shape))
 
     def record(name):
         def hook(module, inputs, output):
-            parameters = sum(p.numel() for p in module.parameters())
-            rows.append((name, type(module).__name__, tuple(inputs[0].shape), tuple(output.shape), parameters))
+            count = sum(p.numel() for p in module.parameters())
+            rows.append((name, type(module).__name__, shapes(inputs), shapes(output), count))
         return hook
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     handles = [module.register_forward_hook(record(name)) for name, module in leaves]
     was_training = model.training
     with torch.inference_mode():
-        model.eval()(torch.zeros(shape))
+        model.eval()(torch.zeros(1, *input_shape))
     model.train(was_training)
     for handle in handles:
         handle.remove()
-    lines = [f"{'layer':<24}{'kind':<20}{'input':<22}{'output':<22}{'parameters':>12}"]
-    lines += [f"{name:<24}{kind:<20}{str(before):<22}{str(after):<22}{n:>12,}" for name, kind, before, after, n in rows]
-    total = sum(p.numel() for p in model.parameters())
-    lines.append(f"{'total':<24}{'':<20}{'':<22}{'':<22}{total:>12,}")
-    return "\n".join(lines)
+    lines = [f"{'layer':<24}{'type':<20}{'input':<22}{'output':<22}{'parameters':>12}"]
+    lines += [f"{name:<24}{kind:<20}{before:<22}{after:<22}{count:>12,}" for name, kind, before, after, count in rows]
+    return "\n".join([*lines, f"{'total':<88}{sum(p.numel() for p in model.parameters()):>12,}"])
 
 
 if __name__ == "__main__":
+    from dsets import FeatureParams  # as training uses
     for model_name in MODELS:
-        print(f"{model_name}\n{describe(build_model(model_name))}\n")
+        network = build_model(model_name, input_shape=FeatureParams().input_shape)
+        print(f"{model_name}\n{describe(network, FeatureParams().input_shape)}\n")

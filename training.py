@@ -1,4 +1,4 @@
-"""Teach a convolutional network to recognise environmental sounds (ESC-50) and report how well it does.
+"""Teach a convolutional network to recognize environmental sounds (ESC-50) and report how well it does.
 
     python training.py --demo        synthetic sounds, nothing to fetch
     python training.py --download    fetch ESC-50 (600 MB), then train on it
@@ -6,447 +6,406 @@
     python training.py --help        every flag and its default
 """
 import contextlib
+import copy
+import functools
+import itertools
 import math
 import os
-import reprlib
 import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # importing torch takes seconds: an interrupt then ends without a word, nothing is begun yet
+from util import rundir
+from util.config import LOCATION_FLAGS, Config, parse_args
+from util.errors import UserError, exit_on_error, print_error, reason
+
+if __name__ == "__main__":  # torch takes seconds to import: until then, answer --help and a wrong flag, end at an interrupt
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if "RANK" not in os.environ:  # under torchrun, one of the processes answers (main)
+        exit_on_error("training.py", parse_args, sys.argv[1:])
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-from torch.utils.tensorboard import SummaryWriter
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from util import config as cli
 import dsets
-from util import device as machine
 import models
-from util import optim
-from util import report as plots
-from util import download as roots
-from util import rundir as runs
-from util.dist import Ranks, end, is_lost_rank, launcher
-from util.cache import UserError, first_line, one_line
-
-
-class Interrupted(KeyboardInterrupt):
-    """The first Ctrl-C or SIGTERM. Nothing half-done needs saving: every epoch ends with a whole checkpoint."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-def interrupt(signum, frame):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    raise Interrupted(signum)
-
-
-# --- what the machine and the data have --------------------------------------------------------------------------------
-
-def choose_folds(wanted: list, folds: list[int]) -> list[int]:
-    """The folds that --fold names. Raises UserError for one that the data has not."""
-    if wanted == ["all"]:
-        return folds
-    for fold in wanted:
-        if str(fold) not in map(str, folds):
-            raise UserError(f"--fold {fold}: expected all alone, or some of {' '.join(map(str, folds))}, the folds of the data")
-    return list(dict.fromkeys(int(fold) for fold in wanted))  # each once, in the order given
+from util import checkpoint as checkpoints
+from util import device as machine
+from util import dist, report
 
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
 
-def train_epoch(model, optimizer, batches, steps: int, precision: str, ranks: Ranks, *, label_smoothing: float = 0.0,
-                rates: list[float] | None = None, average: optim.WeightAverage | None = None):
+def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str, *, label_smoothing: float = 0.0, ema=None):
     """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
 
-    rates: the learning rate of each step, or None to leave it; average: to be kept up with the weights. The results are of
-    the pass itself: each batch as the weights were before its step. Nothing waits for the device before the end of the
-    epoch.
+    batches: of dsets.training_batches; lrs: the learning rate of each step; ema: an `EMA` to update. The results are of the
+    pass itself, each batch before its step. Nothing waits for the device before the end of the epoch.
     """
     model.train()
     results = []
-    for step, batch in enumerate(tqdm(batches, "training", steps, leave=False, disable=ranks.rank > 0 or None,
-                                      unit=" steps")):
-        if rates:
-            for group in optimizer.param_groups:
-                group["lr"] = rates[step]
-        losses, predictions = forward(model, batch.examples, batch.targets, precision, batch.shares, batch.others,
+    for batch, lr in zip(tqdm(batches, "training", len(lrs), leave=False, disable=dist.rank() > 0 or None, unit=" steps"), lrs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses, predictions = forward(model, batch.examples, batch.targets, precision, batch.lam, batch.other_targets,
                                       label_smoothing)
         count = len(batch.positions)
-        # gradients are averaged over ranks: so many times its part of the batch is what a rank's mean weighs
-        (losses.mean() * (count * ranks.size / batch.size)).backward()
+        # gradients are averaged over ranks: a rank's mean weighs world_size times its part of the batch
+        (losses.mean() * (count * dist.world_size() / batch.size)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if average:
-            average.update()
+        if ema:
+            ema.update()
         results.append((losses.detach()[:count], predictions[:count], batch.targets[:count], batch.positions))
-    return gather(results, ranks)
+    return gather(results)
 
 
 @torch.inference_mode()
-def validate(model, batches, precision: str, ranks: Ranks):
+def evaluate(model, batches, precision: str):
     """Losses (N,), predictions (N,) and targets (N,) of a validation set, on the CPU; no weight changes."""
     model.eval()
     return gather([(*forward(model, examples, targets, precision), targets, positions)
-                   for examples, targets, positions in batches], ranks)
+                   for examples, targets, positions in batches])
 
 
-def forward(model, examples, targets, precision: str, shares=None, others=None, label_smoothing: float = 0.0):
+def forward(model, examples, targets, precision: str, lam=None, other_targets=None, label_smoothing: float = 0.0):
     """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384).
 
-    Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. shares, others (B,): `dsets.Batch`.
+    Of several crops of each example (tta_crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
+    see `dsets.Batch`.
     """
     examples = examples.contiguous(memory_format=torch.channels_last)
     with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(examples)  # -> (B, classes)
     logits = logits.float()
     if len(logits) > len(targets):
-        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
-    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    if shares is not None:
-        losses = shares * losses + (1 - shares) * F.cross_entropy(logits, others, reduction="none",
-                                                                 label_smoothing=label_smoothing)
+        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (tta_crops * B, classes) -> (B, classes)
+    cross_entropy = functools.partial(F.cross_entropy, reduction="none", label_smoothing=label_smoothing)
+    losses = cross_entropy(logits, targets)  # -> (B,)
+    if lam is not None:
+        losses = lam * losses + (1 - lam) * cross_entropy(logits, other_targets)
     return losses, logits.detach().argmax(dim=1)
 
 
-def gather(results: list[tuple], ranks: Ranks):
+def gather(results: list[tuple]):
     """Losses, predictions and targets (N,) of all ranks' results, each a batch's columns and, last, their positions."""
     if results:
         *columns, positions = (torch.cat(column).cpu() for column in zip(*results))
         rows = torch.stack([column.double() for column in columns], dim=1)  # (n, 3); exact: class indices are small
     else:  # fewer batches than ranks
         rows, positions = torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    losses, predictions, targets = ranks.collect(rows, positions).unbind(dim=1)
+    losses, predictions, targets = dist.all_gather(rows, positions).unbind(dim=1)  # (N, 3) -> (N,) each
     return losses.float(), predictions.long(), targets.long()
 
 
 def compute_metrics(losses: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> dict:
     """Mean loss, accuracy, and macro precision, recall and F1 in [0, 1], over the whole set at once (scikit-learn)."""
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # here: it takes a second to import
     precision, recall, f1, _ = precision_recall_fscore_support(targets, predictions, average="macro", zero_division=0)
     return {"loss": losses.double().mean().item(), "accuracy": float(accuracy_score(targets, predictions)),
             "precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
 
+# --- how weights move -------------------------------------------------------------------------------------------------
+
+def lr_at_step(step: int, total_steps: int, lr: float, lr_schedule: str) -> float:
+    """The learning rate of a step, counted from 0.
+
+    cosine: a linear warm-up to lr over the first tenth of all steps (Goyal et al., "Accurate, large minibatch SGD", 2017),
+    then half a cosine down to 0 (Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts).
+    """
+    warm_up = max(1, total_steps // 10)
+    if lr_schedule == "constant":
+        return lr
+    if step < warm_up:
+        return lr * (step + 1) / warm_up
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
+
+
+class EMA:
+    """An exponential moving average of a model's weights and batch statistics, in `model`, for evaluation and prediction.
+
+    ema_decay: how much of the average stays at each step (Tarvainen & Valpola, "Mean teachers", NeurIPS 2017); 1 - 1/n at the
+    n-th step while that is less, as in their code: the untrained weights are gone after the first step.
+    """
+
+    def __init__(self, raw_model: torch.nn.Module, ema_decay: float):
+        self.ema_decay, self.updates, self.model = ema_decay, 0, copy.deepcopy(raw_model)
+        tensors = [list(model.state_dict().values()) for model in (self.model, raw_model)]
+        self.floats = [[tensor for tensor in each if tensor.is_floating_point()] for each in tensors]
+        self.counters = [[tensor for tensor in each if not tensor.is_floating_point()] for each in tensors]  # of BatchNorm
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        torch._foreach_lerp_(*self.floats, max(1 - self.ema_decay, 1 / self.updates))
+        if self.counters[0]:
+            torch._foreach_copy_(*self.counters)
+
+
 # --- one training -----------------------------------------------------------------------------------------------------
 
-def train(folder: Path, dataset: dsets.ESC50, flags: dict, seed: int, fold: int, precision: str, ranks: Ranks) -> None:
+AUGMENTATIONS = ("views", "freq_mask", "time_mask", "mixup", "time_shift", "gain", "filter_augment")  # of training_batches
+ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int, device: torch.device) -> None:
     """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch; rank 0 writes.
 
     Raises UserError if the loss stops being finite.
     """
     training, validation = dataset.split(fold)
-    statistics = dataset.statistics(training)
-    constants = {"model_name": flags["model"], "classes": dataset.classes, "seed": seed, "fold": fold, "flags": flags,
-                 "features": dsets.FEATURES, "normalisation": {"mean": statistics[0], "std": statistics[1]},
-                 "versions": runs.environment()["versions"], "precision": precision}
-    resumed = (folder / "last.pt").exists()
-    model = start_model(flags | ({"pretrained": None} if resumed else {}), len(dataset.classes), seed, fold)
-    model = model.to(ranks.device, memory_format=torch.channels_last)
-    network = ranks.together(model)
-    network = machine.compile_network(network) if flags["compile"] else network
-    optimizer = optim.OPTIMIZERS[flags["optimizer"]](model.parameters(), flags["lr"], weight_decay=flags["weight_decay"], fused=True)
-    examples_per_epoch = len(training) * flags["views"]
-    steps = math.ceil(examples_per_epoch / flags["batch_size"])
-    average = optim.WeightAverage(model, flags["average"]) if flags["average"] else None
-    judged = average.model if average else model  # what is validated, kept and predicts
-    state = {"epoch": 0, "history": [], "best": None, "predictions": None}
-    if resumed:
-        checkpoint = load_last(folder / "last.pt", constants, len(validation))
-        state = {name: checkpoint[name] for name in state}
-        try:
-            judged.load_state_dict(checkpoint["model"])
-            if average:
-                model.load_state_dict(checkpoint["trained_model"])
-                average.updates = steps * state["epoch"]
-            optim.load_state(optimizer, checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:  # what load_state_dict misses stands in its last line
-            raise UserError(f"{folder / 'last.pt'}: does not fit {flags['model']} ({str(error).splitlines()[-1].strip()[:300]}); "
-                            f"remove it, and --resume begins this training anew") from error
-    print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {flags['views']} views, {len(validation)} "
-          f"validation clips, normalised by mean {statistics[0]:.2f} dB, deviation {statistics[1]:.2f} dB"
-          + (f"; going on after epoch {state['epoch']}" if state["epoch"] else ""))
+    mean_std = dataset.mean_std(training)
+    constants = {"model_name": config.model, "classes": dataset.classes, "seed": seed, "fold": fold,
+                 "precision": config.precision, "features": vars(dataset.params), "mean_std": list(mean_std), "flags": vars(config)}
+    resume_from = folder / "last.pt" if (folder / "last.pt").exists() else None
+    raw_model = start_model(config.model, None if resume_from else config.pretrained, dataset, seed, fold)
+    raw_model = raw_model.to(device, memory_format=torch.channels_last)
+    model = DistributedDataParallel(raw_model, broadcast_buffers=False) if dist.world_size() > 1 else raw_model
+    model = machine.compile_model(model) if config.compile else model
+    optimizer = OPTIMIZERS[config.optimizer](raw_model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    examples_per_epoch = len(training) * config.views
+    steps = math.ceil(examples_per_epoch / config.batch_size)
+    ema = EMA(raw_model, config.ema) if config.ema else None
+    eval_model = ema.model if ema else raw_model  # what is evaluated, saved and predicts
+    epoch, history, best, predictions = 0, [], None, None
+    if resume_from:
+        epoch, history, best, predictions = resume(resume_from, constants, raw_model, eval_model, optimizer)
+        if ema:
+            ema.updates = steps * epoch
+    resumed = f"; resumed after epoch {epoch}" if epoch else ""
+    print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {config.views} views, {len(validation)} validation "
+          f"clips, normalized by mean {mean_std[0]:.2f} dB, std {mean_std[1]:.2f} dB{resumed}")
     print(f"{'epoch':>9} | {ROW_HEAD.format('training')} examples/s | {ROW_HEAD.format('validation')}", flush=True)
-
-    with open_board(folder) if ranks.rank == 0 else contextlib.nullcontext() as board:
-        if ranks.rank == 0:
-            board.add_figure("augmented examples", first_examples(dataset, training, statistics, flags, seed, fold), 0)
-            board.flush()  # nothing is left for the board's own thread to write while weights are saved
-            for row in state["history"]:  # an interrupted run's events are written anew
-                add_scalars(board, row, flags, steps, examples_per_epoch)
-        for epoch in range(state["epoch"] + 1, flags["epochs"] + 1):
-            batches = dsets.training_batches(
-                dataset, training, statistics, views=flags["views"], batch_size=flags["batch_size"], seed=seed, fold=fold,
-                epoch=epoch, device=ranks.device, rank=ranks.rank, ranks=ranks.size,
-                **{name: flags[name] for name in cli.AUGMENTATIONS})
-            begin = time.perf_counter()
-            losses, predictions, targets = train_epoch(
-                network, optimizer, batches, steps, precision, ranks, label_smoothing=flags["label_smoothing"],
-                rates=optim.learning_rates(flags, epoch, steps), average=average)
-            seconds = time.perf_counter() - begin
-            refuse_not_finite(losses, "step", folder, epoch, flags)
-            train_row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "training",
-                         **compute_metrics(losses, predictions, targets), "seconds": round(seconds, 3)}
-
-            batches = dsets.validation_batches(dataset, validation, statistics, batch_size=flags["batch_size"],
-                                               device=ranks.device, crops=flags["crops"], rank=ranks.rank,
-                                               ranks=ranks.size)
-            ranks.take_statistics(judged)
-            begin = time.perf_counter()
-            losses, predictions, targets = validate(judged if average else network, batches, precision, ranks)
-            refuse_not_finite(losses, "validation batch", folder, epoch, flags)
-            row = {"seed": seed, "fold": fold, "epoch": epoch, "phase": "validation",
-                   **compute_metrics(losses, predictions, targets), "seconds": round(time.perf_counter() - begin, 3)}
-            if ranks.rank > 0:
-                continue
-
-            is_best = state["best"] is None or row["loss"] < state["best"]["loss"]
-            state = {"epoch": epoch, "history": [*state["history"], train_row, row], "predictions": predictions,
-                     "best": row if is_best else state["best"]}
-            checkpoint = {"model": judged.state_dict(), **state, **constants}
-            if is_best:
-                runs.save_checkpoint(folder / "best.pt", checkpoint)
-            to_go_on = {"optimizer": optimizer.state_dict()} | ({"trained_model": model.state_dict()} if average else {})
-            runs.save_checkpoint(folder / "last.pt", {**checkpoint, **to_go_on})
-            runs.write_metrics(folder, state["history"])
-            add_scalars(board, train_row, flags, steps, examples_per_epoch)
-            add_scalars(board, row, flags, steps, examples_per_epoch)
-            print(f"{epoch:>4}/{flags['epochs']:<4} | {row_text(train_row)} {examples_per_epoch / seconds:>10.0f} | "
-                  f"{row_text(row)}", flush=True)
-        if ranks.rank > 0:
-            return
-        runs.write_metrics(folder, state["history"])
-        results = dataset.targets[validation], state["predictions"], dataset.classes
-        confusion = runs.write_pictures(folder, state["history"], *results)
-        board.add_figure("confusion", confusion, flags["epochs"] * examples_per_epoch)
-        board.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in
-                           {**flags, "seed": seed, "fold": fold, "precision": precision}.items()},
-                          {f"final/{metric}": state["history"][-1][metric] for metric in runs.METRICS}, run_name=".")
-        board.flush()
-        runs.write_report(folder, *results)  # the last file of a finished training
-
-
-def open_board(folder: Path) -> SummaryWriter:
-    """TensorBoard's writer of a training that begins or goes on: what it wrote before, and report.csv, are gone."""
+    options = {name: getattr(config, name) for name in AUGMENTATIONS} | {"seed": seed, "fold": fold}
+    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     (folder / "report.csv").unlink(missing_ok=True)  # it would say that the training is finished
-    for stale in folder.glob("events.out.tfevents.*"):
-        stale.unlink()
-    return SummaryWriter(str(folder))
+    board = report.Board(folder, history, examples_per_epoch,
+                         lambda: first_examples(dataset, training, mean_std, config.batch_size, options))
+
+    for epoch in range(epoch + 1, config.epochs + 1):
+        batches = dsets.training_batches(dataset, training, mean_std, batch_size=config.batch_size, epoch=epoch, device=device,
+                                         **options, **ranks)
+        lrs = [lr_at_step(step, config.epochs * steps, config.lr, config.lr_schedule)
+               for step in range((epoch - 1) * steps, epoch * steps)]
+        start = time.perf_counter()
+        trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
+                                  ema=ema)
+        middle = time.perf_counter()
+        batches = dsets.validation_batches(dataset, validation, mean_std, batch_size=config.batch_size, device=device,
+                                           tta_crops=config.tta_crops, **ranks)
+        for buffer in eval_model.buffers():
+            dist.broadcast(buffer)  # rank 0's running batch statistics
+        evaluated = evaluate(eval_model if ema else model, batches, config.precision)
+        end = time.perf_counter()
+        rows = []
+        for phase, results, seconds in (("training", trained, middle - start), ("validation", evaluated, end - middle)):
+            if not results[0].isfinite().all():
+                step = int((~results[0].isfinite()).nonzero()[0]) // config.batch_size + 1
+                raise UserError(f"--lr {config.lr:g}: the loss is not finite in epoch {epoch}, {phase} step {step} of {folder} "
+                                f"(epochs saved in last.pt: {epoch - 1}); start a new run with a lower --lr")
+            rows.append({"seed": seed, "fold": fold, "epoch": epoch, "phase": phase, **compute_metrics(*results),
+                         "seconds": round(seconds, 3), "lr": lrs[-1]})
+        if dist.rank() > 0:
+            continue
+
+        history, predictions, is_best = [*history, *rows], evaluated[1], best is None or rows[1]["loss"] < best["loss"]
+        best = rows[1] if is_best else best
+        checkpoint = {"model": eval_model.state_dict(), "epoch": epoch, "history": history, "best": best,
+                      "predictions": predictions, **constants}
+        if is_best:
+            checkpoints.save_checkpoint(folder / "best.pt", checkpoint)
+        checkpoint |= {"optimizer": optimizer.state_dict(), "raw_model": raw_model.state_dict() if ema else None}
+        checkpoints.save_checkpoint(folder / "last.pt", checkpoint)
+        rundir.write_metrics(folder, history)
+        board.add_rows(rows)
+        examples_per_s = examples_per_epoch / (middle - start)
+        print(f"{epoch:>4}/{config.epochs:<4} | {row_text(rows[0])} {examples_per_s:>10.0f} | {row_text(rows[1])}", flush=True)
+    if dist.rank() > 0:
+        return
+    rundir.write_metrics(folder, history)
+    results = dataset.targets[validation], predictions, dataset.classes
+    confusion = report.write_pictures(folder, history, *results)
+    board.add_results(confusion, vars(config) | {"seed": seed, "fold": fold}, history[-1])
+    report.write_report(folder, *results)  # the last file of a finished training
 
 
-def load_last(path: Path, constants: dict, num_clips: int) -> dict:
-    """The checkpoint to go on from. constants: of this training's checkpoints. Raises UserError if it is not one of them."""
-    flags = constants["flags"]
-    try:
-        checkpoint = runs.load_checkpoint(path)
-        if checkpoint["epoch"] > flags["epochs"]:
-            raise UserError(f"{path}: is of epoch {checkpoint['epoch']}, the run has {flags['epochs']}")
-        for part in ("optimizer", *(["trained_model"] if flags["average"] else [])):
-            if part not in checkpoint:
-                raise UserError(f"{path}: holds no {part}, which a training needs to go on")
-        if len(checkpoint["predictions"]) != num_clips:
-            raise UserError(f"{path}: predicts {len(checkpoint['predictions'])} clips, the fold has {num_clips}")
-        own = ("seed", "fold", "precision", "model_name", "classes", "features")
-        now, then = ({**cli.OFF, **one["flags"], **{name: one[name] for name in own}} for one in (constants, checkpoint))
-        for name in sorted(now.keys() - cli.WHERE_ONLY - {"epochs"}):
-            if now[name] != then.get(name):
-                raise UserError(f"{path}: was trained with {name} {reprlib.repr(then.get(name))}, the run has "
-                                f"{reprlib.repr(now[name])}; if run.json was changed, put it right there")
-    except UserError as error:
-        raise UserError(f"{error}; remove it, and --resume begins this training anew") from error
-    return checkpoint
-
-
-def start_model(flags: dict, num_classes: int, seed: int, fold: int) -> torch.nn.Module:
-    """The network with the weights that (seed, fold) give, or pretrained ones beneath a head that they give."""
+def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int) -> torch.nn.Module:
+    """The model with the weights that (seed, fold) give, or pretrained ones below a last layer that they give."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(dsets.generator_for(seed, fold, 0, "weights").initial_seed())
-        model = models.build_model(flags["model"], num_classes)
-    if flags["pretrained"]:
-        try:
-            models.load_pretrained(model, flags["pretrained"])
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        model = models.build_model(name, len(dataset.classes), dataset.params.input_shape)
+    if pretrained:
+        checkpoints.load_pretrained(model, pretrained)
     return model
 
 
-def refuse_not_finite(losses: torch.Tensor, step_name: str, folder: Path, epoch: int, flags: dict) -> None:
-    """Raise UserError if a loss (N,) of an epoch is not finite; nothing of the epoch is saved then."""
-    if not losses.isfinite().all():
-        step = int((~losses.isfinite()).nonzero()[0]) // flags["batch_size"] + 1
-        good = f"{folder / 'last.pt'} (epoch {epoch - 1})" if epoch > 1 else "none yet"
-        raise UserError(f"--lr {flags['lr']:g}: the loss is not finite in epoch {epoch}, {step_name} {step} of {folder}; "
-                        f"last good checkpoint: {good}; start a new run with a lower --lr")
+def resume(path: Path, constants: dict, raw_model, eval_model, optimizer) -> tuple:
+    """Load last.pt into the models and the optimizer; returns its epoch, history, best row and predictions.
 
-
-ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
+    constants: what this training's checkpoints hold. Raises UserError if last.pt is another training's or damaged.
+    """
+    try:
+        checkpoint = checkpoints.load_checkpoint(path)
+        names = ("seed", "fold", "model_name", "classes", "precision", "features")
+        rundir.check_same("is another training's", *({name: each[name] for name in names} for each in (checkpoint, constants)))
+        checkpoints.load_weights(eval_model, checkpoint["model"], path)
+        if eval_model is not raw_model:
+            checkpoints.load_weights(raw_model, checkpoint["raw_model"], path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return tuple(checkpoint[name] for name in ("epoch", "history", "best", "predictions"))
+    except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
+        raise UserError(f"{path}: {reason(error)}; remove it, and --resume starts this training again") from error
 
 
 def row_text(row: dict) -> str:
     """The columns under ROW_HEAD."""
-    return (f"{row['loss']:>16.4f} {100 * row['accuracy']:>5.1f} {100 * row['precision']:>6.1f} "
-            f"{100 * row['recall']:>6.1f} {100 * row['f1']:>6.1f} {row['seconds']:>6.1f}")
+    percent = [100 * row[name] for name in ("accuracy", "precision", "recall", "f1")]
+    return "{:>16.4f} {:>5.1f} {:>6.1f} {:>6.1f} {:>6.1f} {:>6.1f}".format(row["loss"], *percent, row["seconds"])
 
 
-def add_scalars(board: SummaryWriter, row: dict, flags: dict, steps: int, examples_per_epoch: int) -> None:
-    """A row's metrics over the number of examples seen, as the write-up plotted them; the learning rate of the last step."""
-    seen = row["epoch"] * examples_per_epoch
-    for metric in runs.METRICS:
-        board.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
-    if row["phase"] == "training":
-        rates = optim.learning_rates(flags, row["epoch"], steps)
-        board.add_scalar("learning rate", rates[-1] if rates else flags["lr"], seen)
-        board.add_scalar("examples per s", examples_per_epoch / max(row["seconds"], 1e-3), seen)
-    board.flush()
+def first_examples(dataset: dsets.ESC50, training: torch.Tensor, mean_std: tuple[float, float], batch_size: int, options: dict):
+    """A figure of the first examples of the first epoch (with mixup: of other partners, as the batch is smaller)."""
+    batch = next(dsets.training_batches(dataset, training, mean_std, batch_size=min(8, batch_size), epoch=1,
+                                        device=torch.device("cpu"), **options))
+    return report.examples_figure(batch.examples.numpy(), [dataset.classes[target] for target in batch.targets])
 
 
-def first_examples(dataset: dsets.ESC50, training: torch.Tensor, statistics: tuple[float, float], flags: dict, seed: int,
-                   fold: int):
-    """A picture of the first examples of the first epoch (with --mix: of other partners, as the batch is smaller)."""
-    batch = next(dsets.training_batches(
-        dataset, training, statistics, views=flags["views"], batch_size=min(8, flags["batch_size"]), seed=seed, fold=fold,
-        epoch=1, device=torch.device("cpu"), **{name: flags[name] for name in cli.AUGMENTATIONS}))
-    return plots.examples_figure(batch.examples.numpy(), [dataset.classes[target] for target in batch.targets])
+# --- all trainings ----------------------------------------------------------------------------------------------------
+
+def run(argv: list[str], progress: dict) -> None:
+    """Everything the command does. progress["run_dir"] is set once there is a run that --resume can continue."""
+    config = parse_args(argv)
+    recorded = rundir.read_run_config(Path(config.resume or config.rerun)) if config.resume or config.rerun else None
+    progress["run_dir"] = config.resume
+    device = machine.choose_device(config.device)
+    config.device, config.precision = device.type, machine.choose_precision(config.precision, device)
+    device = dist.own_device(device)
+    machine.make_deterministic()
+    machine.keep_freed_memory()
+    note = "" if recorded else machine.busy_note()
+    if recorded:
+        torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
+
+    with dist.main_process_first():  # rank 0 computes the features, the others find them
+        if config.demo and dist.rank() == 0:
+            from util.demo import write_demo
+            write_demo(Path(config.data))
+        if config.download and dist.rank() == 0:
+            from util.download import download
+            download(Path(config.data))
+        dataset = dsets.ESC50(config.data, esc10=config.esc10)
+    config.data, config.download = str(dataset.root.resolve()), False  # as --resume will find them
+    config.fold = dataset.folds if "all" in config.fold else config.fold
+    for fold in config.fold:
+        dataset.split(fold)  # refuses a fold that the data does not have, before anything is trained
+    run_dir = start_run(argv, config, dataset) if dist.rank() == 0 else ""
+    progress["run_dir"] = run_dir = Path(dist.broadcast(str(run_dir)))
+    torch.set_num_threads(rundir.read_run_config(run_dir)["hardware"]["threads"])  # sums are split by thread: as many as at first
+    model = start_model(config.model, None, dataset, 0, 0)  # for its size
+    print(f"run    {shlex.quote(str(run_dir / 'run.json'))}\ndata   {dataset}\nmodel  {config.model}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.precision} on {config.device}, processes: "
+          f"{dist.world_size()}, threads of each: {torch.get_num_threads()}{note}", flush=True)
+    if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
+
+    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
+    for seed, fold in itertools.product(config.seed, config.fold):
+        folder = rundir.training_dir(run_dir, seed, fold)
+        finished = rundir.is_finished(folder, config.epochs)
+        dist.barrier()  # all have looked before one of them writes
+        if not finished:
+            with rundir.lock_training(folder) if dist.rank() == 0 else contextlib.nullcontext():
+                train(folder, dataset, config, seed, fold, device)
+            if dist.rank() == 0:
+                report.write_summary(run_dir, config.epochs, targets, dataset.classes)
+    if dist.rank() > 0:
+        return
+    summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
+    print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote(str(run_dir / 'summary.json'))}")
+    if config.rerun:
+        print(f"\ncompared with {config.rerun}:", *report.compare_runs(Path(config.rerun), run_dir), sep="\n")
+
+
+def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
+    """The folder of a run that starts, is joined or is resumed, with its run.json."""
+    run_config = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  "flags": vars(config) | {"run_dir": None, "resume": None, "rerun": None}, "features": vars(dataset.params),
+                  **rundir.environment(dist.world_size()),
+                  "data": {"clips": len(dataset), "classes": dataset.classes, "fingerprint": dataset.fingerprint()},
+                  "sessions": []}  # later commands that train in the folder
+    if config.pretrained and not config.resume:
+        start_model(config.model, config.pretrained, dataset, 0, 0)  # refuses weights that do not fit before a folder is made
+    given = config.resume or config.run_dir
+    run_dir = Path(given) if given else rundir.new_run_dir(config.tb_prefix, config.comment)
+    trainings = [rundir.training_dir(run_dir, seed, fold) for seed in config.seed for fold in config.fold]
+    if config.resume and all(rundir.is_finished(folder, config.epochs) for folder in trainings):  # only the table is printed
+        rundir.check_same_run(run_dir, rundir.read_run_config(run_dir), run_config)
+    else:
+        rundir.record_run(run_dir, run_config, LOCATION_FLAGS, bool(config.resume))
+    return run_dir
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-def run(argv: list[str], ranks: Ranks, progress: dict) -> None:
-    """Everything the command does. progress["run_dir"] is set once there is a run that --resume can go on with."""
-    flags, given = cli.parse_flags(argv)
-    again = given.get("resume") or given.get("rerun")
-    recorded = runs.read_run(Path(again)) if again else None
-    old = recorded if "resume" in given else None
-    progress["run_dir"] = Path(again) if old else None
-    device = machine.choose_device(old["device"] if old else flags["device"])
-    precision = old["precision"] if old else machine.choose_precision(flags["precision"], device)
-    ranks.meet(device)
-    if old and old["hardware"]["ranks"] != ranks.size:
-        raise UserError(f"--resume {again}: was begun with {old['hardware']['ranks']} processes, here are {ranks.size}; "
-                        f"launch as many again (torchrun --nproc-per-node), or start a new run")
-    machine.make_deterministic()
-    machine.keep_freed_memory()
-    if recorded:
-        torch.set_num_threads(recorded["hardware"]["threads"])  # before this process describes itself
+class Interrupted(KeyboardInterrupt):
+    """The first Ctrl-C or SIGTERM, with its number. Nothing needs saving: every epoch ends with a whole checkpoint."""
 
-    root = Path(flags["data"])
-    with ranks.rank_0_first():
-        if flags["demo"] and ranks.rank == 0:
-            roots.write_demo(root)
-        if flags["download"] and ranks.rank == 0:
-            roots.download(root)
-        dataset = dsets.ESC50(root, esc10=flags["esc10"])  # rank 0 computes the features, the others find them
-    flags["fold"] = choose_folds(flags["fold"], dataset.folds)
-    for fold in flags["fold"]:
-        dataset.split(fold)  # refuses an empty side before anything is trained
-    begun = begin_run(argv, flags, old, again, device, precision, dataset, ranks) if ranks.rank == 0 else ""
-    progress["run_dir"] = run_dir = Path(ranks.agree(str(begun)))
-    record = runs.read_run(run_dir)
-    torch.set_num_threads(record["hardware"]["threads"])  # sums are split by thread: as many as the run began with
-    with torch.device("meta"):  # shapes alone
-        parameters = sum(p.numel() for p in models.build_model(flags["model"], len(dataset.classes)).parameters())
-    print(f"run    {run_dir / 'run.json'}\ndata   {dataset}\nmodel  {flags['model']}, {parameters:,} parameters, {precision} "
-          f"on {device}, processes: {ranks.size}, threads of each: {torch.get_num_threads()}", flush=True)
-    if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        dataset.features = dataset.features.to(ranks.device)  # else they stay on disk, and crops of them are copied
-
-    for seed in flags["seed"]:
-        for fold in flags["fold"]:
-            folder = runs.training_dir(run_dir, seed, fold)
-            finished = runs.is_finished(folder, flags["epochs"])
-            ranks.wait()  # all have looked before one of them writes
-            if finished:
-                continue
-            with runs.locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
-                train(folder, dataset, flags, seed, fold, precision, ranks)
-            if ranks.rank == 0:
-                runs.update_summary(run_dir, flags["epochs"])
-    if ranks.rank > 0:
-        return
-    summary = runs.update_summary(run_dir, flags["epochs"])
-    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
-    runs.write_overall(run_dir, summary["trainings"], targets, dataset.classes)
-    print(f"\n{runs.summary_table(summary)}\n\nsummary {run_dir / 'summary.json'}")
-    if "rerun" in given:
-        print(f"\ncompared with {again}:", *runs.compare_runs(Path(again), run_dir), sep="\n")
-
-
-def begin_run(argv: list[str], flags: dict, old: dict | None, again: str | None, device: torch.device, precision: str,
-              dataset: dsets.ESC50, ranks: Ranks) -> Path:
-    """The run's folder, with its run.json. old: the record of a run to go on with, if there is one."""
-    environment = runs.environment()
-    environment["hardware"]["ranks"] = ranks.size
-    record = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "flags": flags,
-              "device": str(device), "precision": precision, **environment,
-              "data": {"root": str(dataset.root.resolve()), "clips": len(dataset), "classes": dataset.classes,
-                       "fingerprint": dataset.fingerprint()}, "went_on": []}  # what --resume or another command ran on
-    if old:
-        run_dir = Path(again)
-        runs.refuse_other_data_or_versions(run_dir, old, record)
-        if not all(runs.is_finished(runs.training_dir(run_dir, seed, fold), flags["epochs"])
-                   for seed in flags["seed"] for fold in flags["fold"]):  # a look at the table leaves no trace
-            runs.grow_run(run_dir, record)
-        return run_dir
-    if flags["pretrained"]:
-        start_model(flags, len(dataset.classes), 0, 0)  # refuses unfit weights before a folder is made
-    run_dir = Path(flags["run_dir"]) if flags["run_dir"] else runs.new_run_dir(flags["tb_prefix"], flags["comment"])
-    runs.open_run(run_dir, record, may_differ=cli.WHERE_ONLY, off=cli.OFF)
-    return run_dir
-
-
-def remedy(progress: dict) -> str:
-    """How to go on after a run was stopped from outside."""
-    if not progress.get("run_dir"):
-        return "no training was begun, the same command begins anew"
-    return f"all whole epochs are saved; go on with: {launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
+    @classmethod
+    def handle(cls, signum, frame):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise cls(signum)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 2 something the user can mend, 130 or 143 interrupted."""
+    """Run the command and return its exit status: 0 done, 2 something the user can fix, 130 or 143 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    ranks, progress, status = None, {}, 2
+    handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    progress, status, stopped = {"run_dir": None}, 2, ""
+    too_large = "--batch-size: the memory does not hold it; choose a smaller one"
     try:
-        ranks = Ranks()
-        if ranks.rank > 0:
-            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-        run(argv, ranks, progress)
-        ranks.leave()
+        dist.init()
+        if dist.rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
+        run(argv, progress)
+        dist.barrier()
         return 0
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or the exit would stumble over it again
-        message = f"output: nobody reads it any more; {remedy(progress)}"
     except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror or error}; {remedy(progress)}"
+        stopped = f"{error.filename or 'output'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # or the exit would fail at it again
     except (torch.OutOfMemoryError, MemoryError):
-        message = "--batch-size: the memory does not hold it; choose a smaller one"
+        message = too_large
     except RuntimeError as error:
-        if is_lost_rank(error):
-            message = f"torchrun: one of the processes ended before the training did; {remedy(progress)}"
-        elif "allocate memory" in str(error):  # how torch's CPU allocator says it
-            message = "--batch-size: the memory does not hold it; choose a smaller one"
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises plain RuntimeErrors
+            stopped = "torchrun: one of the processes ended before the training did"
+        elif "allocate memory" in str(error):  # torch's CPU allocator has no type of its own for it
+            message = too_large
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile: torch cannot compile here ({first_line(error)}); leave it out"
+            message = f"--compile: torch cannot compile here ({reason(error)}); leave it out"
         else:
             raise
     except Interrupted as interruption:
-        message, status = f"interrupted; {remedy(progress)}", 128 + interruption.signum
+        stopped, status = "interrupted", 128 + interruption.args[0]
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if ranks is None or ranks.may_speak():
-        print(f"{'' if status == 2 else chr(10)}training.py: {one_line(message)}", file=sys.stderr, flush=True)
+    if stopped:
+        again = f"{dist.launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
+        message = stopped + (f"; all whole epochs are saved; continue with: {again}" if progress["run_dir"] else
+                             "; no training had begun, the same command starts again")
+    if dist.is_first_to_ask():
+        print_error("training.py" if status == 2 else "\ntraining.py", message)  # on a line of its own, after the terminal's ^C
     return status
 
 
 if __name__ == "__main__":
-    end(main())
+    dist.end(main())

@@ -1,4 +1,8 @@
-"""Small ESC-50 roots, made here; and real recordings where a folder of them lies beside the project."""
+"""Small data folders, made here, a small network, and training.py as a function.
+
+Every test names its device: a machine with a GPU tests the same as one without.
+"""
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +13,16 @@ import torch
 
 import dsets
 import models
+import training
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "esc" / "audio"
+PROJECT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+OTHER_PARAMS = dsets.FeatureParams(n_mels=64, hop_length=1024, f_max=16_000.0, crop_mels=60, crop_frames=200)  # of 64 x 216
+REAL = PROJECT.parent / "shared" / "esc" / "audio"  # real recordings, where a folder of them lies beside the project
 
 
 def write_root(root: Path, num_classes: int = 4, folds: int = 3, clips: int = 2) -> Path:
-    """A root of tones with noise: `clips` clips of every class in every fold; a class is a pitch."""
+    """A data folder of tones with noise: `clips` clips of every class in every fold; a class is a pitch."""
     (root / "audio").mkdir(parents=True)
     (root / "meta").mkdir()
     rows = []
@@ -32,14 +40,37 @@ def write_root(root: Path, num_classes: int = 4, folds: int = 3, clips: int = 2)
     return root
 
 
+def change_table(root: Path, change) -> Path:
+    """Replace a data folder's table by change(table), or by the table where `change` changes it itself; returns its path."""
+    path = root / "meta" / "esc50.csv"
+    table = pd.read_csv(path, dtype=str)
+    changed = change(table)
+    (table if changed is None else changed).to_csv(path, index=False)
+    return path
+
+
+def run(*flags, status: int = 0) -> None:
+    """training.py with these flags, in this process, on the CPU unless they say otherwise."""
+    flags = [str(flag) for flag in flags]
+    device = [] if {"--device", "--resume", "--rerun"} & set(flags) else ["--device", "cpu"]  # those take the run's own
+    assert training.main([*flags, *device]) == status
+
+
+def train_in(run_dir: Path, root: Path, *flags) -> Path:
+    """A run of 2 epochs in `run_dir`."""
+    run("--data", root, "--run-dir", run_dir, "--epochs", 2, "--views", 2, "--batch-size", 4, *flags)
+    return run_dir
+
+
 class Tiny(torch.nn.Module):
     """A network small enough for a test, with batch statistics as the real ones have."""
 
-    def __init__(self, num_classes: int = 50):
+    def __init__(self, num_classes: int = 50, input_shape: tuple[int, int, int] = (1, 100, 384)):
         super().__init__()
+        mels, frames = ((size - 9) // 8 + 1 for size in input_shape[1:])
         self.conv = torch.nn.Conv2d(1, 4, 9, stride=8, bias=False)
         self.bn = torch.nn.BatchNorm2d(4)
-        self.fc = torch.nn.Linear(4 * 12 * 47, num_classes)
+        self.fc = torch.nn.Linear(4 * mels * frames, num_classes)
 
     def forward(self, x):
         return self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
@@ -47,15 +78,17 @@ class Tiny(torch.nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """cnn8 is tiny here; the deterministic switches are put back."""
+    """cnn8 is tiny here; the deterministic switches and the number of threads are put back."""
     monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
+    threads = torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def shared_root(tmp_path_factory) -> Path:
-    """24 clips: 4 classes, 3 folds. Shared: a test that changes a root makes its own."""
+    """24 clips: 4 classes, 3 folds. Shared: a test that changes a data folder makes its own."""
     return write_root(tmp_path_factory.mktemp("esc") / "root")
 
 
@@ -64,10 +97,28 @@ def dataset(shared_root) -> dsets.ESC50:
     return dsets.ESC50(shared_root)
 
 
+@pytest.fixture(scope="session")
+def other_dataset(shared_root) -> dsets.ESC50:
+    """The same clips with other features and crops."""
+    return dsets.ESC50(shared_root, params=OTHER_PARAMS)
+
+
 @pytest.fixture
 def own_root(tmp_path) -> Path:
-    """A root of a test's own: 2 classes, 2 folds, 1 clip each."""
+    """A data folder of a test's own: 2 classes, 2 folds, 1 clip each."""
     return write_root(tmp_path / "root", num_classes=2, folds=2, clips=1)
+
+
+@pytest.fixture(scope="session")
+def pristine_root(tmp_path_factory) -> Path:
+    """12 clips: 2 classes, 3 folds. Shared."""
+    return write_root(tmp_path_factory.mktemp("pristine") / "root", num_classes=2, folds=3, clips=2)
+
+
+@pytest.fixture
+def root(pristine_root, tmp_path) -> Path:
+    """A copy of pristine_root of a test's own, to train on."""
+    return shutil.copytree(pristine_root, tmp_path / "root")
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,15 @@
+"""Recordings as waveforms, mel-spectrograms, folds and batches."""
+import os
 import re
+import shutil
 from pathlib import Path
 
-import pandas as pd
+import librosa
+import numpy as np
 import pytest
+import soundfile
 import torch
+import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,96 +17,174 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dsets
-from conftest import write_root
+from conftest import CPU, OTHER_PARAMS, change_table, write_root
+from dsets import FeatureParams
+from util.errors import UserError
 
-CPU = torch.device("cpu")
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-def change_table(root: Path, change) -> Path:
-    path = root / "meta" / "esc50.csv"
-    table = pd.read_csv(path, dtype=str)
-    changed = change(table)
-    (table if changed is None else changed).to_csv(path, index=False)
-    return path
+PARAMS = FeatureParams()
 
 
-def set_value(column, value, row=1):
-    def change(table):
-        table.loc[row, column] = value
-    return change
+# --- waveforms --------------------------------------------------------------------------------------------------------
+
+def tone(seconds: float, rate: int, hertz: float = 1000.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda table: table.drop(columns=["fold", "esc10"]), "has no column fold, esc10; expected filename, fold"),
-    (set_value("fold", "2.5"), "line 3: fold is '2.5', expected a whole number from 1 to 5"),
-    (set_value("fold", "0"), "line 3: fold is '0', expected a whole number from 1 to 5"),
-    (set_value("fold", "6"), "line 3: fold is '6', expected"),
-    (set_value("fold", ""), "line 3: fold is '', expected"),
-    (set_value("target", "50"), "line 3: target is '50', expected a whole number from 0 to 49"),
-    (set_value("target", "-1"), "line 3: target is '-1', expected"),
-    (set_value("target", "dog"), "line 3: target is 'dog', expected"),
-    (set_value("esc10", "maybe"), "line 3: esc10 is 'maybe', expected True or False"),
-    (set_value("filename", "1-0-A-0.wav"), "line 3: filename is '1-0-A-0.wav', expected each file once"),
-    (set_value("filename", "../../etc/passwd"), "line 3: filename is .*, expected the name of a file in audio/"),
-    (set_value("filename", "C:\\a.wav"), "line 3: filename is .*, expected the name of a file in audio/"),
-    (set_value("filename", ".."), "line 3: filename is '..', expected the name of a file"),
-    (set_value("filename", ""), "line 3: filename is '', expected the name of a file"),
-    (set_value("category", "other", row=3), "line 5: category is 'other', expected the same for every clip of one target"),
-    (set_value("target", "7", row=3), "line 5: target is '7', expected the same for every clip of one category"),
-    (lambda table: table.iloc[:0], "lists no clips"),
-])
-def test_bad_tables_are_refused(own_root, change, words):
-    path = change_table(own_root, change)
-    with pytest.raises(dsets.UserError, match=re.escape(str(path)) + ".*" + words):
-        dsets.read_table(own_root)
+@pytest.mark.parametrize("subtype, step", [("PCM_16", 2 ** -15), ("PCM_24", 2 ** -23), ("PCM_32", 2 ** -24),
+                                           ("FLOAT", 2 ** -24)])
+def test_waveform_of_every_subtype_keeps_its_samples(tmp_path, subtype, step):
+    samples = tone(5, 44_100)
+    soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype=subtype)
+    waveform = dsets.load_waveform(tmp_path / "a.wav")
+    assert waveform.shape == (1, 220_500) and waveform.dtype == torch.float32
+    assert np.abs(waveform[0].numpy() - samples).max() <= step
 
 
-HEADER = b"filename,fold,target,category,esc10"
+def test_waveform_is_cut_and_padded(tmp_path):
+    for seconds in (7, 2):
+        soundfile.write(tmp_path / "a.wav", tone(seconds, 44_100), 44_100)
+        waveform = dsets.load_waveform(tmp_path / "a.wav")[0]
+        kept = min(seconds, 5) * 44_100
+        assert torch.equal(waveform[:kept], torch.from_numpy(soundfile.read(tmp_path / "a.wav", dtype="float32")[0])[:kept])
+        assert not waveform[kept:].any()
 
 
-@pytest.mark.parametrize("content, words", [(b"\xff\xfe\x00", "cannot be read as a comma-separated table"),
-                                            (b"", "begins with an empty line, or is empty"),
-                                            (b'filename,fold\n"a,1\n', "has no column target, category, esc10"),
-                                            (HEADER + b",fold\n", "names a column twice"),
-                                            (HEADER + b'\n"a,1,0,dog,True\n', "cannot be read as a .* table .*end of data"),
-                                            (HEADER + b"\n\na,1,0,dog\n", "line 3: has 4 cells, its header 5"),
-                                            (HEADER + b"\n" * 16_000_001, "has 16 MB, expected 16 at most")])
-def test_files_that_are_no_table_are_refused(own_root, content, words):
-    (own_root / "meta" / "esc50.csv").write_bytes(content)
-    with pytest.raises(dsets.UserError, match=words):
-        dsets.read_table(own_root)
+def test_waveform_mixes_channels_down_by_their_mean(tmp_path):
+    left, right = tone(5, 44_100, 500), tone(5, 44_100, 3000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right, left], axis=1), 44_100, subtype="FLOAT")
+    expected = torch.from_numpy((2 * left + right) / 3).float()
+    torch.testing.assert_close(dsets.load_waveform(tmp_path / "a.wav")[0], expected, atol=1e-6, rtol=0)
 
 
-def test_a_folder_without_a_table_is_refused(tmp_path):
-    with pytest.raises(dsets.UserError, match=f"--data {tmp_path}: has no meta/esc50.csv; .*--download.*--demo"):
-        dsets.read_table(tmp_path)
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_101, 48_000, 96_000])
+def test_waveform_is_resampled(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", tone(6, rate), rate, subtype="FLOAT")
+    waveform = dsets.load_waveform(tmp_path / "a.wav")[0]
+    expected = torch.from_numpy(tone(5, 44_100)).float()
+    middle = slice(2000, -2000)  # the filter rings where the recording begins
+    torch.testing.assert_close(waveform[middle], expected[middle], atol=2e-3, rtol=0)
 
 
-def test_byte_order_mark_crlf_and_quotes_are_read(own_root):
-    expected = dsets.read_table(own_root)
-    path = own_root / "meta" / "esc50.csv"
-    lines = path.read_text().splitlines()
-    quoted = [",".join(f'"{cell}"' for cell in line.split(",")) for line in lines]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(quoted).encode())
-    pd.testing.assert_frame_equal(dsets.read_table(own_root), expected)
+@settings(max_examples=25, deadline=None)
+@given(frames=st.integers(1, 250_000), channels=st.integers(1, 3), rate=st.sampled_from([16_000, 44_100, 48_000]),
+       subtype=st.sampled_from(["PCM_16", "PCM_24", "FLOAT"]), seed=st.integers(0, 99))
+def test_any_recording_gives_one_clip(tmp_path_factory, frames, channels, rate, subtype, seed):
+    path = tmp_path_factory.mktemp("any") / "a.wav"
+    samples = np.random.default_rng(seed).uniform(-1, 1, (frames, channels))
+    soundfile.write(path, samples, rate, subtype=subtype)
+    waveform = dsets.load_waveform(path)
+    assert waveform.shape == (1, 220_500) and waveform.isfinite().all()
+    end = int(np.ceil(frames * 44_100 / rate)) + 1
+    assert not waveform[:, end:].any()
 
 
-def test_rows_with_more_cells_than_the_header_are_refused(own_root):
-    path = own_root / "meta" / "esc50.csv"
-    head, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([head, *(row + "," for row in rows)]))
-    with pytest.raises(dsets.UserError, match="line 2: has 8 cells, its header 7"):
-        dsets.read_table(own_root)
+def bad_recording(path: Path, kind: str) -> None:
+    if kind == "garbage":
+        path.write_bytes(b"not a sound" * 100)
+    elif kind == "nothing":
+        path.write_bytes(b"")
+    elif kind == "no samples":
+        soundfile.write(path, np.zeros(0), 44_100)
+    elif kind in ("nan", "infinite"):
+        samples = tone(1, 44_100)
+        samples[100] = float(kind[:3])
+        soundfile.write(path, samples, 44_100, subtype="FLOAT")
+    elif kind == "loud":
+        soundfile.write(path, np.stack([tone(1, 44_100)] * 2, axis=1) * 6e38, 44_100, subtype="FLOAT")
+    elif kind == "rate":
+        soundfile.write(path, tone(1, 44_100), 7)
+    elif kind == "channels":
+        soundfile.write(path, np.zeros((10, dsets.MAX_CHANNELS + 1)), 44_100)
+    elif kind == "cut":
+        soundfile.write(path, tone(1, 44_100), 44_100)
+        path.write_bytes(path.read_bytes()[:50_000])
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
 
 
-def test_an_empty_side_of_the_split_is_refused(tmp_path):
-    root = write_root(tmp_path / "root", num_classes=2, folds=1)
-    with pytest.raises(dsets.UserError, match="--fold 1: every clip .* is in it, none is left to train on"):
-        dsets.ESC50(root).split(1)
-    with pytest.raises(dsets.UserError, match="--fold 3: no clip .* is in it; expected one of 1"):
-        dsets.ESC50(root).split(3)
+@pytest.mark.parametrize("kind", ["garbage", "nothing", "no samples", "nan", "infinite", "loud", "rate", "channels", "cut",
+                                  "directory", "pipe", "missing"])
+def test_bad_recordings_are_refused_by_name(own_root, kind):
+    path = own_root / "audio" / "1-0-A-1.wav"
+    path.unlink()
+    bad_recording(path, kind)
+    with pytest.raises(UserError, match=re.escape(f"{path}: ")) as refusal:
+        dsets.load_waveform(path)
+    with pytest.raises(UserError, match=re.escape(f"{path}: ")) as refusal_of_all:
+        dsets.ESC50(own_root)
+    assert "\n" not in str(refusal.value) + str(refusal_of_all.value)
+
+
+# --- the mel-spectrogram ----------------------------------------------------------------------------------------------
+
+def hard_waveforms() -> torch.Tensor:
+    """(4, 1, 220500): a tone, noise, a click in silence, a chirp with silence behind it."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.zeros(4, 1, dsets.CLIP_SAMPLES)
+    clips[0] = torch.from_numpy(tone(5, 44_100)).float()
+    clips[1] = 0.2 * torch.randn(1, dsets.CLIP_SAMPLES, generator=generator)
+    clips[2, 0, 100_000] = 1.0
+    t = torch.arange(100_000) / 44_100
+    clips[3, 0, :100_000] = 0.9 * torch.sin(2 * torch.pi * (100 + 1500 * t) * t)
+    return clips
+
+
+def torchaudio_log_mel(waveform: torch.Tensor, params: FeatureParams) -> torch.Tensor:
+    mel = torchaudio.transforms.MelSpectrogram(44_100, n_fft=params.n_fft, hop_length=params.hop_length, n_mels=params.n_mels,
+                                               f_min=params.f_min, f_max=params.f_max)
+    return torchaudio.functional.amplitude_to_DB(mel(waveform)[None], 10, params.amin, 0, params.top_db)[0]
+
+
+def librosa_log_mel(waveform: torch.Tensor, params: FeatureParams) -> np.ndarray:
+    mel = librosa.feature.melspectrogram(y=waveform[0].numpy(), sr=44_100, n_fft=params.n_fft, hop_length=params.hop_length,
+                                         n_mels=params.n_mels, fmin=params.f_min, fmax=params.f_max, htk=True, norm=None,
+                                         pad_mode="reflect")
+    return librosa.power_to_db(mel, amin=params.amin, top_db=params.top_db)[None]
+
+
+def check_log_mel(waveforms: torch.Tensor, params: FeatureParams) -> None:
+    log_mel = dsets.LogMel(params)
+    together = log_mel(waveforms)
+    for waveform, feature in zip(waveforms, together, strict=True):
+        assert feature.shape == (1, params.n_mels, params.num_frames)
+        torch.testing.assert_close(feature, torchaudio_log_mel(waveform, params), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(feature.numpy(), librosa_log_mel(waveform, params), atol=0.01, rtol=0)
+        torch.testing.assert_close(log_mel(waveform), feature, atol=1e-4, rtol=0)  # a batch changes nothing
+
+
+@pytest.mark.parametrize("params", [
+    PARAMS, OTHER_PARAMS, FeatureParams(n_fft=1024, hop_length=300, n_mels=40, f_min=60.0, f_max=22_050.0, top_db=60.0, amin=1e-6,
+                                        crop_mels=40)])
+def test_log_mel_equals_torchaudios_and_librosas(params):
+    check_log_mel(hard_waveforms(), params)
+
+
+def test_log_mel_equals_torchaudios_and_librosas_on_real_clips(real_waveforms):
+    check_log_mel(real_waveforms, PARAMS)
+
+
+def test_log_mel_of_silence_is_the_floor():
+    assert torch.equal(dsets.LogMel()(torch.zeros(1, 220_500)), torch.full((1, 128, 431), -100.0))
+
+
+def test_the_parameters_are_the_write_ups():
+    assert PARAMS.num_frames == 431 and PARAMS.input_shape == (1, 100, 384)
+    assert OTHER_PARAMS.num_frames == 216 and OTHER_PARAMS.input_shape == (1, 60, 200)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"crop_mels": 129}, "crop"), ({"crop_frames": 432}, "crop"), ({"n_mels": 64}, "crop"), ({"hop_length": 1024}, "crop"),
+    ({"crop_frames": 0}, "crop"), ({"hop_length": 0}, "hop_length"), ({"hop_length": 4096}, "hop_length"),
+    ({"n_fft": 8}, "n_fft"),
+    ({"n_mels": 0}, "n_mels"), ({"f_max": 30_000.0}, "f_max"), ({"f_min": 8000.0}, "f_min"), ({"f_max": float("nan")}, "f_max"),
+    ({"top_db": -80.0}, "top_db"), ({"amin": 0.0}, "amin"), ({"n_mels": 64.0}, "n_mels"), ({"n_mels": True}, "n_mels"),
+    ({"f_max": "8000"}, "f_max"), ({"n_fft": None}, "n_fft")])
+def test_parameters_that_cannot_work_are_refused_in_one_line(change, named):
+    with pytest.raises(UserError, match=named) as refusal:
+        FeatureParams(**change)
+    assert "\n" not in str(refusal.value)
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -128,6 +212,47 @@ def test_nothing_done_to_features_reaches_the_file(own_root):
     assert dsets.ESC50(own_root).features.any()
 
 
+def forbid_computing(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("the features were computed again")
+    monkeypatch.setattr(dsets.cache, "compute_features", fail)
+
+
+def test_features_are_those_of_each_clip_and_computed_once(own_root, monkeypatch):
+    dataset = dsets.ESC50(own_root)
+    assert dataset.features.shape == (4, 1, 128, 431)
+    for index in range(4):
+        torch.testing.assert_close(dataset[index][0], dsets.LogMel()(dataset.waveform(index)), atol=1e-4, rtol=0)
+    forbid_computing(monkeypatch)
+    again = dsets.ESC50(own_root)
+    assert torch.equal(again.features, dataset.features) and again.fingerprint() == dataset.fingerprint()
+
+
+def test_features_of_several_parameters_stay_in_one_data_folder(own_root, monkeypatch):
+    dataset, other = dsets.ESC50(own_root), dsets.ESC50(own_root, params=OTHER_PARAMS)
+    assert other.features.shape == (4, 1, 64, 216)
+    torch.testing.assert_close(other[3][0], dsets.LogMel(OTHER_PARAMS)(other.waveform(3)), atol=1e-4, rtol=0)
+    assert other.fingerprint() == dataset.fingerprint()  # of the data alone
+    forbid_computing(monkeypatch)
+    for params, expected in ((PARAMS, dataset), (OTHER_PARAMS, other), (FeatureParams(crop_mels=64, crop_frames=64), dataset)):
+        assert torch.equal(dsets.ESC50(own_root, params=params).features, expected.features)  # crops do not change them
+    for change in ({"n_mels": 127}, {"top_db": 60.0}, {"amin": 1e-9}, {"f_min": 1.0}):
+        with pytest.raises(AssertionError, match="computed again"):
+            dsets.ESC50(own_root, params=FeatureParams(**change))
+
+
+def test_the_fingerprint_follows_the_files_and_not_where_they_lie(own_root, tmp_path):
+    before = dsets.ESC50(own_root)
+    copy = shutil.copytree(own_root, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
+    assert dsets.ESC50(copy).fingerprint() == before.fingerprint()
+    soundfile.write(copy / "audio" / before.table["filename"][2], tone(5, 44_100, 3000), 44_100)
+    changed = dsets.ESC50(copy)
+    assert not torch.equal(changed[2][0], before[2][0]) and torch.equal(changed[1][0], before[1][0])
+    assert changed.fingerprint() != before.fingerprint()
+    change_table(own_root, lambda table: table.assign(fold=table["fold"].map({"1": "2", "2": "1"})))
+    assert dsets.ESC50(own_root).fingerprint() != before.fingerprint()
+
+
 def test_esc10_keeps_its_clips_and_counts_classes_from_0(own_root):
     change_table(own_root, lambda table: table.assign(target=table["target"].map({"0": "38", "1": "11"}),
                                                       esc10=table["target"] == "0"))
@@ -138,8 +263,16 @@ def test_esc10_keeps_its_clips_and_counts_classes_from_0(own_root):
     kept = everything.targets == 1
     assert torch.equal(torch.stack([feature for feature, _ in dataset]), everything.features[kept])
     change_table(own_root, lambda table: table.assign(esc10="False"))
-    with pytest.raises(dsets.UserError, match="--esc10: no clip"):
+    with pytest.raises(UserError, match="^--esc10: "):
         dsets.ESC50(own_root, esc10=True)
+
+
+def test_an_empty_side_of_the_split_is_refused(tmp_path):
+    dataset = dsets.ESC50(write_root(tmp_path / "root", num_classes=2, folds=1))
+    for fold in (1, 3):
+        with pytest.raises(UserError, match=f"^--fold {fold}: ") as refusal:
+            dataset.split(fold)
+        assert "\n" not in str(refusal.value)
 
 
 def test_the_split_holds_out_one_fold(dataset):
@@ -149,14 +282,19 @@ def test_the_split_holds_out_one_fold(dataset):
     assert sorted(torch.cat([training, validation]).tolist()) == list(range(24))
 
 
-def test_statistics_are_those_of_the_given_clips(dataset):
+def test_mean_and_std_are_those_of_the_given_clips(dataset):
     training, _ = dataset.split(1)
     values = dataset.features[training].double()
-    mean, std = dataset.statistics(training)
+    mean, std = dataset.mean_std(training)
     assert mean == pytest.approx(values.mean().item(), rel=1e-9)
     assert std == pytest.approx(values.std(correction=0).item(), rel=1e-9)
-    normalised = dsets.normalise(dataset.features[training], mean, std)
-    assert normalised.mean().abs() < 1e-3 and abs(normalised.std() - 1) < 1e-3
+    normalized = dsets.normalize(dataset.features[training], mean, std)
+    assert normalized.mean().abs() < 1e-3 and abs(normalized.std() - 1) < 1e-3
+
+
+def test_clips_that_are_all_the_same_are_not_scaled(dataset, monkeypatch):
+    monkeypatch.setattr(dataset, "features", torch.full((24, 1, 128, 431), -100.0))
+    assert dataset.mean_std(torch.arange(24)) == (-100.0, 1.0)
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
@@ -169,68 +307,83 @@ def test_generators_differ_in_every_part_and_repeat():
     assert draw(*parts[0]) == draw(*parts[0])
 
 
-def test_crops_reach_every_corner_and_stay_inside():
-    corners = dsets.draw_crops(20_000, dsets.generator_for(0, 0, 0, "test"))
-    assert [sorted(set(column.tolist())) for column in corners.T] == [list(range(29)), list(range(48))]
+@pytest.mark.parametrize("params, mels, frames", [(PARAMS, 29, 48), (OTHER_PARAMS, 5, 17)])
+def test_crops_reach_every_corner_and_stay_inside(params, mels, frames):
+    corners = dsets.draw_crops(20_000, dsets.generator_for(0, 0, 0, "test"), params)
+    assert [sorted(set(column.tolist())) for column in corners.T] == [list(range(mels)), list(range(frames))]
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 23), st.integers(0, 28), st.integers(0, 47)), min_size=1, max_size=5))
 def test_a_crop_is_a_slice(dataset, cuts):
     rows, mels, frames = (torch.tensor(column) for column in zip(*cuts))
-    crops = dsets.crop(dataset.features, rows, torch.stack([mels, frames], dim=1))
+    crops = dsets.crop(dataset.features, rows, torch.stack([mels, frames], dim=1), PARAMS)
     expected = [dataset.features[row, :, mel:mel + 100, frame:frame + 384] for row, mel, frame in cuts]
     assert torch.equal(crops, torch.stack(expected))
 
 
-def test_the_centre_crop_is_in_the_middle():
-    assert dsets.validation_corners().tolist() == [[14, 23]]
-
-
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2 ** 32), st.integers(1, 6))
-def test_masks_set_their_bands_to_the_mean_and_nothing_else(seed, count):
-    masks = dsets.draw_masks(count, torch.Generator().manual_seed(seed))
-    masked = dsets.apply_masks(torch.ones(count, 1, 100, 384), masks)
-    for bands, example in zip(masks.tolist(), masked):
-        expected = torch.ones(1, 100, 384)
+@given(st.integers(0, 2 ** 32), st.integers(1, 6), st.sampled_from([PARAMS, OTHER_PARAMS]), st.integers(0, 150),
+       st.integers(0, 500))
+def test_masks_set_their_bands_to_the_mean_and_nothing_else(seed, count, params, freq_mask, time_mask):
+    masks = dsets.draw_masks(count, torch.Generator().manual_seed(seed), params, freq_mask, time_mask)
+    masked = dsets.spec_augment(torch.ones(count, *params.input_shape), masks)
+    for bands, example in zip(masks.tolist(), masked, strict=True):
+        expected = torch.ones(params.input_shape)
         for start, end in bands[:2]:
-            assert 0 <= start <= end <= 100 and end - start <= 27
+            assert 0 <= start <= end <= params.crop_mels and end - start <= freq_mask
             expected[:, start:end] = 0
         for start, end in bands[2:]:
-            assert 0 <= start <= end <= 384 and end - start <= 100
+            assert 0 <= start <= end <= params.crop_frames and end - start <= time_mask
             expected[:, :, start:end] = 0
         assert torch.equal(example, expected)
 
 
-def test_every_example_has_its_own_masks_of_every_width():
-    masks = dsets.draw_masks(20_000, dsets.generator_for(0, 0, 0, "test"))
+@pytest.mark.parametrize("freq_mask, time_mask", [(27, 100), (5, 0), (0, 7)])
+def test_every_example_has_its_own_masks_of_every_width(freq_mask, time_mask):
+    masks = dsets.draw_masks(20_000, dsets.generator_for(0, 0, 0, "test"), PARAMS, freq_mask, time_mask)
     widths = masks[..., 1] - masks[..., 0]
-    assert set(widths[:, :2].flatten().tolist()) == set(range(28))
-    assert set(widths[:, 2:].flatten().tolist()) == set(range(101))
+    assert set(widths[:, :2].flatten().tolist()) == set(range(freq_mask + 1))
+    assert set(widths[:, 2:].flatten().tolist()) == set(range(time_mask + 1))
     assert len({tuple(row) for row in masks.flatten(1).tolist()}) > 19_900
 
 
 def epoch_of(dataset, **changes):
     training, _ = dataset.split(1)
     arguments = {"views": 5, "batch_size": 16, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, **changes}
-    batches = list(dsets.training_batches(dataset, training, dataset.statistics(training), **arguments))
+    batches = list(dsets.training_batches(dataset, training, dataset.mean_std(training), **arguments))
     return torch.cat([examples for examples, *_ in batches]), torch.cat([targets for _, targets, *_ in batches])
 
 
-def test_an_epoch_has_five_views_of_every_training_clip_one_of_them_unmasked(dataset, monkeypatch):
-    training, _ = dataset.split(1)
-    marks = torch.arange(1.0, 25.0).reshape(24, 1, 1, 1).expand(24, 1, 128, 431)  # clip i is all i + 1
+@pytest.fixture
+def marked(dataset, monkeypatch) -> dsets.ESC50:
+    """The data set with clip i all i + 1, also when it is normalized: a 0 is a mask's."""
+    marks = torch.arange(1.0, 25.0).reshape(24, 1, 1, 1).expand(24, 1, 128, 431)
     monkeypatch.setattr(dataset, "features", marks)
-    monkeypatch.setattr(dsets, "normalise", lambda examples, mean, std: examples)
-    examples, targets = epoch_of(dataset)
+    monkeypatch.setattr(dsets, "normalize", lambda examples, mean, std: examples)
+    return dataset
+
+
+def test_an_epoch_has_five_views_of_every_training_clip_one_of_them_unmasked(marked):
+    training, _ = marked.split(1)
+    examples, targets = epoch_of(marked)
     assert examples.shape == (80, 1, 100, 384)
     clips = examples.amax(dim=(1, 2, 3)).long() - 1
     assert sorted(clips.tolist()) == sorted(training.tolist() * 5)
-    assert torch.equal(targets, dataset.targets[clips])
+    assert torch.equal(targets, marked.targets[clips])
     unmasked = (examples != 0).all(dim=3).all(dim=2).flatten()
     assert sorted(clips[unmasked].tolist()) == training.tolist()
     assert clips.tolist() != sorted(clips.tolist())  # shuffled
+
+
+@pytest.mark.parametrize("freq_mask, time_mask", [(0, 0), (4, 0), (0, 9), (4, 9)])
+def test_masks_of_an_epoch_are_as_wide_as_they_may_be(marked, freq_mask, time_mask):
+    examples, _ = epoch_of(marked, freq_mask=freq_mask, time_mask=time_mask)
+    masked = examples[:, 0] == 0
+    mels, frames = masked.all(dim=2).sum(dim=1), masked.all(dim=1).sum(dim=1)  # (80,) each: two bands of each
+    assert mels.max() <= 2 * freq_mask and frames.max() <= 2 * time_mask
+    assert bool(mels.any()) == (freq_mask > 0) and bool(frames.any()) == (time_mask > 0)
+    assert masked.any() == (freq_mask + time_mask > 0)
 
 
 def test_an_epoch_does_not_depend_on_the_batch_size_or_the_global_generators(dataset):
@@ -258,15 +411,15 @@ class BetweenDevices(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.3])
-def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(dataset, monkeypatch, mix):
+@pytest.mark.parametrize("mixup", [0.0, 0.3])
+def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(dataset, monkeypatch, mixup):
     """On tensors that have no data, only shapes and a device: no GPU is needed."""
     training, _ = dataset.split(1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         monkeypatch.setattr(dataset, "features", torch.empty(dataset.features.shape, device="cuda"))
         batches = dsets.training_batches(
             dataset, training, (0.0, 1.0), views=5, batch_size=16, seed=1, fold=1, epoch=1, device=torch.device("cuda"),
-            time_shift=5.0, gain=6.0, equalise=6.0, mix=mix)
+            time_shift=5.0, gain=6.0, filter_augment=6.0, mixup=mixup)
         first = next(batches)  # before it, the epoch's draws are copied to the device
         with BetweenDevices() as between:
             rest = list(batches)
@@ -275,12 +428,12 @@ def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(datas
         assert batch.examples.shape == (16, 1, 100, 384) and batch.examples.device.type == batch.targets.device.type == "cuda"
 
 
-def test_statistics_take_features_that_are_on_a_gpu(dataset, monkeypatch):
+def test_mean_and_std_take_features_that_are_on_a_gpu(dataset, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         feature = torch.empty(dataset.features.shape[1:], device="cuda")
     monkeypatch.setattr(dataset, "features", {row: feature for row in range(len(dataset))})
     monkeypatch.setattr(dataset, "rows", list(range(len(dataset))))
-    dataset.statistics(dataset.split(1)[0])  # operations on two devices would be refused
+    dataset.mean_std(dataset.split(1)[0])  # operations on two devices would be refused
 
 
 def test_validation_takes_features_that_are_on_a_gpu(dataset, monkeypatch):
@@ -288,7 +441,7 @@ def test_validation_takes_features_that_are_on_a_gpu(dataset, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         monkeypatch.setattr(dataset, "features", torch.empty(dataset.features.shape, device="cuda"))
         examples, targets, _ = next(dsets.validation_batches(dataset, validation, (0.0, 1.0), batch_size=4,
-                                                             device=torch.device("cuda"), crops=9))
+                                                             device=torch.device("cuda"), tta_crops=9))
     assert examples.shape == (36, 1, 100, 384) and examples.device.type == targets.device.type == "cuda"
 
 
@@ -304,35 +457,36 @@ def test_every_draw_of_an_epoch_follows_seed_fold_and_epoch(dataset, monkeypatch
         asked.append(parts)
         return generator_for(*parts)
     monkeypatch.setattr(dsets, "generator_for", recording)
-    epoch_of(dataset, seed=7, fold=2, epoch=3, mix=1.0, equalise=6.0)
-    assert sorted(asked) == [(7, 2, 3, purpose) for purpose in ("crops", "equalise", "gain", "masks", "mix", "order")]
+    epoch_of(dataset, seed=7, fold=2, epoch=3, mixup=1.0, filter_augment=6.0)
+    purposes = [purpose for *_, purpose in asked]
+    assert {parts[:3] for parts in asked} == {(7, 2, 3)} and len(purposes) == len(set(purposes)) == 6
 
 
 def test_a_shifted_crop_goes_on_at_the_beginning(dataset):
-    found = dsets.crop(dataset.features, torch.tensor([3]), torch.tensor([[10, 400]]))
+    found = dsets.crop(dataset.features, torch.tensor([3]), torch.tensor([[10, 400]]), PARAMS)
     expected = torch.cat([dataset.features[3], dataset.features[3]], dim=-1)[:, 10:110, 400:784]
     assert torch.equal(found[0], expected)
-    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), shift_frames=431)[:, 1]
+    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), PARAMS, shift_frames=431)[:, 1]
     assert set(frames.tolist()) == set(range(431)), "5 s of shift reach everywhere"
-    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), shift_frames=10)[:, 1]
+    frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), PARAMS, shift_frames=10)[:, 1]
     assert set(frames.tolist()) == set(range(58))
 
 
 def test_gain_is_what_a_louder_recording_would_be(dataset):
     plain, _ = epoch_of(dataset, views=1)
     louder, _ = epoch_of(dataset, views=1, gain=6.0)
-    _, std = dataset.statistics(dataset.split(1)[0])
+    _, std = dataset.mean_std(dataset.split(1)[0])
     difference = (louder - plain) * std  # dB
     each = difference.flatten(1)
     assert torch.allclose(each, each[:, :1].expand_as(each), atol=1e-3), "one gain an example"
     assert each[:, 0].abs().max() <= 6 and each[:, 0].min() < -2 and each[:, 0].max() > 2
 
 
-def test_equalising_adds_straight_lines_over_the_mels(dataset):
+def test_filter_augment_adds_straight_lines_over_the_mels(dataset):
     plain, _ = epoch_of(dataset, views=1)
-    equalised, _ = epoch_of(dataset, views=1, equalise=6.0)
-    _, std = dataset.statistics(dataset.split(1)[0])
-    response = (equalised - plain) * std  # dB, (16, 1, 100, 384)
+    filtered, _ = epoch_of(dataset, views=1, filter_augment=6.0)
+    _, std = dataset.mean_std(dataset.split(1)[0])
+    response = (filtered - plain) * std  # dB, (16, 1, 100, 384)
     assert torch.allclose(response, response[..., :1].expand_as(response), atol=1e-3), "the same in all frames"
     response = response[:, 0, :, 0]
     assert response.abs().max() <= 6.001 and response.min() < -4 and response.max() > 4
@@ -342,60 +496,68 @@ def test_equalising_adds_straight_lines_over_the_mels(dataset):
     assert bend[straight].max() < 1e-3 < 0.05 < bend.max()
 
 
-def test_shares_are_the_larger_parts_of_a_beta_distribution():
-    shares = dsets.draw_shares(20_000, 1.0, dsets.generator_for(1, 1, 1, "test"))
-    assert shares.min() >= 0.5 and shares.max() <= 1 and shares.dtype == torch.float32
-    assert shares.mean() == pytest.approx(0.75, abs=0.01)  # Beta(1, 1) is uniform
-    assert dsets.draw_shares(20_000, 0.1, dsets.generator_for(1, 1, 1, "test")).mean() > 0.9
-    assert torch.equal(shares, dsets.draw_shares(20_000, 1.0, dsets.generator_for(1, 1, 1, "test")))
+def test_lam_is_the_larger_part_of_a_beta_distribution():
+    lam = dsets.draw_lam(20_000, 1.0, dsets.generator_for(1, 1, 1, "test"))
+    assert lam.min() >= 0.5 and lam.max() <= 1 and lam.dtype == torch.float32
+    assert lam.mean() == pytest.approx(0.75, abs=0.01)  # Beta(1, 1) is uniform
+    assert dsets.draw_lam(20_000, 0.1, dsets.generator_for(1, 1, 1, "test")).mean() > 0.9
+    assert torch.equal(lam, dsets.draw_lam(20_000, 1.0, dsets.generator_for(1, 1, 1, "test")))
 
 
-def test_mixed_examples_are_sums_of_neighbours(dataset):
+def test_mixup_adds_neighbors(dataset):
     training, _ = dataset.split(1)
     options = {"views": 2, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU}
     plain = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
-    mixed = list(dsets.training_batches(dataset, training, (-40.0, 20.0), mix=1.0, **options))
+    mixed = list(dsets.training_batches(dataset, training, (-40.0, 20.0), mixup=1.0, **options))
     for alone, sums in zip(plain, mixed, strict=True):
-        assert alone.shares is None and alone.others is None and torch.equal(alone.targets, sums.targets)
+        assert alone.lam is None and alone.other_targets is None and torch.equal(alone.targets, sums.targets)
         for i in range(len(sums.targets)):
-            expected = sums.shares[i] * alone.examples[i] + (1 - sums.shares[i]) * alone.examples[i - 1]
+            expected = sums.lam[i] * alone.examples[i] + (1 - sums.lam[i]) * alone.examples[i - 1]
             torch.testing.assert_close(sums.examples[i], expected)
-            assert sums.others[i] == alone.targets[i - 1]
+            assert sums.other_targets[i] == alone.targets[i - 1]
 
 
-@pytest.mark.parametrize("mix", [0.0, 1.0])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mix, ranks):
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mixup, world_size):
     training, _ = dataset.split(1)
-    options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mix": mix, "time_shift": 5.0,
-               "gain": 6.0, "equalise": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
+    options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mixup": mixup, "time_shift": 5.0,
+               "gain": 6.0, "filter_augment": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
     whole = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
-    parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, ranks=ranks, **options))
-             for rank in range(ranks)]
+    parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, world_size=world_size, **options))
+             for rank in range(world_size)]
+    names = ["examples", "targets", "positions"] + (["lam", "other_targets"] if mixup else [])
     for batch, *shared in zip(whole, *parts, strict=True):
         counts = [len(part.positions) for part in shared]
         assert max(counts) - min(counts) <= 1 and all(part.size == len(batch.targets) for part in shared)
         assert all(len(part.examples) == len(part.targets) == max(1, count) for part, count in zip(shared, counts))
-        for name in ("examples", "targets", "shares", "others", "positions") if mix else ("examples", "targets", "positions"):
-            together = [getattr(part, name)[:count] for part, count in zip(shared, counts)]
-            assert torch.equal(torch.cat(together), getattr(batch, name))
+        for name in names:
+            in_a_row = [getattr(part, name)[:count] for part, count in zip(shared, counts)]
+            assert torch.equal(torch.cat(in_a_row), getattr(batch, name))
     assert torch.cat([batch.positions for batch in whole]).tolist() == list(range(16))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_ranks_validate_each_clip_once_in_the_batches_of_one(dataset, ranks):
-    options = {"batch_size": 3, "device": CPU, "crops": 9}
+# --- validation -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_validate_each_clip_once_in_the_batches_of_one(dataset, world_size):
+    options = {"batch_size": 3, "device": CPU, "tta_crops": 9}
     whole = list(dsets.validation_batches(dataset, torch.arange(8, 16), (0.0, 1.0), **options))
-    parts = [list(dsets.validation_batches(dataset, torch.arange(8, 16), (0.0, 1.0), rank=rank, ranks=ranks, **options))
-             for rank in range(ranks)]
+    parts = [list(dsets.validation_batches(dataset, torch.arange(8, 16), (0.0, 1.0), rank=rank, world_size=world_size, **options))
+             for rank in range(world_size)]
     assert sum(map(len, parts)) == len(whole) == 3
     for i, batch in enumerate(whole):
-        assert all(torch.equal(a, b) for a, b in zip(batch, parts[i % ranks][i // ranks], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch, parts[i % world_size][i // world_size], strict=True))
+
+
+def test_the_center_crop_is_in_the_middle():
+    assert dsets.validation_corners(PARAMS).tolist() == [[14, 23]]
+    assert dsets.validation_corners(OTHER_PARAMS).tolist() == [[2, 8]]
 
 
 def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
-    assert dsets.validation_corners(9).tolist() == [[mel, frame] for mel in (0, 14, 28) for frame in (0, 23, 46)]
-    batch, = dsets.validation_batches(dataset, torch.arange(2), (0.0, 1.0), batch_size=2, device=CPU, crops=9)
+    assert dsets.validation_corners(PARAMS, 9).tolist() == [[mel, frame] for mel in (0, 14, 28) for frame in (0, 23, 46)]
+    batch, = dsets.validation_batches(dataset, torch.arange(2), (0.0, 1.0), batch_size=2, device=CPU, tta_crops=9)
     assert batch[0].shape == (18, 1, 100, 384) and len(batch[1]) == 2
     assert torch.equal(batch[0][17], dataset.features[1][:, 28:128, 46:430])
 
@@ -407,3 +569,13 @@ def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):
     expected = (dataset.features[validation][:, :, 14:114, 23:407] - 2.0) / 3.0
     assert torch.equal(examples, expected)
     assert torch.equal(torch.cat([targets for _, targets, _ in batches]), dataset.targets[validation])
+
+
+def test_batches_of_other_features_have_their_shape(other_dataset):
+    training, validation = other_dataset.split(1)
+    examples, _ = epoch_of(other_dataset, time_shift=5.0, gain=6.0, filter_augment=6.0, mixup=0.3)
+    assert other_dataset[0][0].shape == (1, 64, 216) and examples.shape == (80, 1, 60, 200) and examples.isfinite().all()
+    for tta_crops in (1, 9):
+        examples, targets, _ = next(dsets.validation_batches(other_dataset, validation, (0.0, 1.0), batch_size=4, device=CPU,
+                                                             tta_crops=tta_crops))
+        assert examples.shape == (4 * tta_crops, 1, 60, 200) and len(targets) == 4

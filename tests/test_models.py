@@ -1,19 +1,23 @@
+"""The networks, all that models.MODELS names: another network is tested by its entry there."""
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import models
+from conftest import OTHER_PARAMS
+from dsets import FeatureParams
+from util import config
 
-NAMES = ["cnn8", "cnn4", "resnet18"]
+PARAMETERS = {"cnn8": 1_176_210, "cnn4": 24_728_562, "resnet18": 11_195_890}
+SHAPES = [FeatureParams().input_shape, OTHER_PARAMS.input_shape]
 
 
-def examples(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 1, 100, 384, generator=torch.Generator().manual_seed(seed))
+def examples(count: int, input_shape: tuple[int, int, int] = SHAPES[0]) -> torch.Tensor:
+    return torch.randn(count, *input_shape, generator=torch.Generator().manual_seed(0))
 
 
 def shape_at(model: torch.nn.Module, module: torch.nn.Module) -> tuple[int, ...]:
@@ -24,13 +28,17 @@ def shape_at(model: torch.nn.Module, module: torch.nn.Module) -> tuple[int, ...]
     return shapes[0]
 
 
-@pytest.mark.parametrize("name, parameters", [("cnn8", 1_176_210), ("cnn4", 24_728_562), ("resnet18", 11_195_890)])
+def test_the_parser_knows_every_model():
+    assert config.MODELS == tuple(models.MODELS)
+
+
+@pytest.mark.parametrize("name, parameters", PARAMETERS.items())
 def test_parameter_counts(name, parameters):
     assert sum(p.numel() for p in models.build_model(name).parameters()) == parameters
 
 
 def test_shapes_before_the_head():
-    cnn8, cnn4, resnet18 = map(models.build_model, NAMES)
+    cnn8, cnn4, resnet18 = map(models.build_model, PARAMETERS)
     assert shape_at(cnn8, cnn8.fc) == (1, 256)
     assert shape_at(cnn4, cnn4.fc1) == (1, 512 * 2 * 11)
     last = cnn4.block4[-1]
@@ -46,14 +54,15 @@ def test_cnn8_is_seven_convolutions_and_one_linear_layer_without_max_pool():
     assert kinds.count("Conv2d") == 7 and kinds.count("Linear") == 1 and "MaxPool2d" not in kinds
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_one_a_class_and_no_softmax(name):
-    logits = models.build_model(name, num_classes=7).eval()(examples(2))
-    assert logits.shape == (2, 7)
+@pytest.mark.parametrize("input_shape", SHAPES)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_logits_one_a_class_and_no_softmax(name, input_shape):
+    logits = models.build_model(name, 7, input_shape).eval()(examples(2, input_shape))
+    assert logits.shape == (2, 7) and logits.isfinite().all()
     assert logits.min() < 0  # a softmax gives none
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", models.MODELS)
 def test_batch_of_one_equals_batch_of_many(name):
     model = models.build_model(name).eval()
     batch = examples(3)
@@ -62,20 +71,37 @@ def test_batch_of_one_equals_batch_of_many(name):
         torch.testing.assert_close(model(batch), alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_gets_a_gradient(name):
-    model = models.build_model(name)
-    F.cross_entropy(model(examples(4)), torch.tensor([0, 1, 2, 3])).backward()
+@pytest.mark.parametrize("input_shape", SHAPES)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_parameter_gets_a_gradient(name, input_shape):
+    model = models.build_model(name, 50, input_shape)
+    F.cross_entropy(model(examples(4, input_shape)), torch.tensor([0, 1, 2, 3])).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_layer_is_called(name):
-    model = models.build_model(name)
+@pytest.mark.parametrize("input_shape", SHAPES)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_layer_is_called_and_listed(name, input_shape):
+    model = models.build_model(name, 50, input_shape)
     leaves = {leaf_name for leaf_name, module in model.named_modules() if not list(module.children())}
-    listed = {line.split()[0] for line in models.describe(model).splitlines()[1:-1]}
-    assert listed == leaves
+    listed = {line.split()[0] for line in models.describe(model, input_shape).splitlines()[1:-1]}
+    assert listed == leaves and model.training
+
+
+def test_layers_that_return_several_tensors_are_listed_with_all_their_shapes():
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = torch.nn.GRU(100, 16, batch_first=True)
+            self.fc = torch.nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.fc(self.gru(x[:, 0].transpose(1, 2))[1][0])  # (B, 1, 100, 384) -> (B, 384, 100) -> (B, 3)
+
+    gru, fc, total = models.describe(Recurrent()).splitlines()[1:]
+    assert "(1, 384, 100)" in gru and "(1, 384, 16)" in gru and "(1, 1, 16)" in gru and gru.split()[-1] == "5,664"
+    assert fc.split()[0] == "fc" and total.split() == ["total", "5,715"]
 
 
 def test_pool_before_tanh_is_tanh_before_pool():
@@ -118,108 +144,23 @@ def test_resnet18_has_torchvisions_names_and_shapes():
     model = models.build_model("resnet18")
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} \
         == torchvision_resnet18_shapes(1, 50)
-    published = models.ResNet18(num_classes=1000, in_channels=3)
+    published = models.ResNet18(1000, (3, 100, 384))
     assert sum(p.numel() for p in published.parameters()) == 11_689_512  # torchvision's documentation
 
 
-def imagenet_like_state() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    state = {name: torch.rand(shape, generator=generator) + 0.1 if "running_var" in name
-             else torch.randn(shape, generator=generator) * 0.05
-             for name, shape in torchvision_resnet18_shapes(3, 1000).items()}
-    return {name: torch.tensor(7) if name.endswith("tracked") else tensor for name, tensor in state.items()}
-
-
-def test_pretrained_weights_give_what_three_equal_channels_give(tmp_path):
-    torch.save(imagenet_like_state(), tmp_path / "weights.pth")
-    model = models.build_model("resnet18")
-    head = model.fc.weight.clone()
-    models.load_pretrained(model, str(tmp_path / "weights.pth"))
-    assert torch.equal(model.fc.weight, head)
-    published = models.ResNet18(num_classes=1000, in_channels=3)
-    published.load_state_dict(imagenet_like_state())
-    model.fc = published.fc
-    grey = examples(2)
-    with torch.inference_mode():
-        torch.testing.assert_close(model.conv1(grey), published.conv1(grey.expand(2, 3, 100, 384)), atol=1e-5, rtol=1e-5)
-        expected = published.eval()(grey.expand(2, 3, 100, 384))
-        torch.testing.assert_close(model.eval()(grey), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_pretrained_imagenet_comes_through_torch_hub(tmp_path, monkeypatch):
-    import hashlib
-    torch.save(imagenet_like_state(), tmp_path / "weights.pth")
-    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()[:8]
-    published = tmp_path / f"resnet18-{digest}.pth"
-    (tmp_path / "weights.pth").rename(published)
-    monkeypatch.setattr(models, "IMAGENET_URL", published.as_uri())
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    model = models.build_model("resnet18")
-    models.load_pretrained(model, "imagenet")
-    assert torch.equal(model.bn1.weight, imagenet_like_state()["bn1.weight"])
-    for name, words in (("resnet18-11111111.pth", "cannot be fetched from .*; check the connection"),
-                        ("resnet18-00000000.pth", "cannot be read as a file of tensors .invalid hash value")):
-        if name == "resnet18-00000000.pth":
-            published.rename(tmp_path / name)  # its digest is another
-        monkeypatch.setattr(models, "IMAGENET_URL", (tmp_path / name).as_uri())
-        with pytest.raises(ValueError, match=f"^--pretrained imagenet: {words}"):
-            models.load_pretrained(model, "imagenet")
-
-
-class Malicious:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
-def broken(state: dict, change: str) -> object:
-    if change == "missing":
-        del state["layer1.0.conv1.weight"]
-    elif change == "extra":
-        state["layer9.weight"] = torch.zeros(1)
-    elif change == "shape":
-        state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 5, 5)
-    elif change == "list":
-        return list(state.values())
-    elif change == "code":
-        return {"conv1.weight": Malicious()}
-    return state
-
-
-@pytest.mark.parametrize("change, words", [
-    ("missing", "has no layer1.0.conv1.weight; expected torchvision's resnet18 state dict"),
-    ("extra", "holds layer9.weight, which resnet18 does not have"),
-    ("shape", r"layer1.0.conv1.weight has shape \(64, 64, 5, 5\), expected \(64, 64, 3, 3\)"),
-    ("list", "expected a state dict"),
-    ("code", "cannot be read as a file of tensors"),
-])
-def test_pretrained_files_refused(tmp_path, monkeypatch, change, words):
-    monkeypatch.chdir(tmp_path)
-    torch.save(broken(imagenet_like_state(), change), "weights.pth")
-    model = models.build_model("resnet18")
-    before = model.conv1.weight.clone()
-    with pytest.raises(ValueError, match=words) as refusal:
-        models.load_pretrained(model, "weights.pth")
-    assert "\n" not in str(refusal.value)
-    assert torch.equal(model.conv1.weight, before)
-    assert not Path("executed").exists()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"])
-def test_pretrained_garbage_refused(tmp_path, content):
-    path = tmp_path / "weights.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.pth: cannot be read as a file of tensors"):
-        models.load_pretrained(models.build_model("resnet18"), str(path))
-
-
 def test_unknown_model_refused():
-    with pytest.raises(ValueError, match="model 'vgg': expected one of cnn8, cnn4, resnet18"):
+    with pytest.raises(ValueError, match="vgg.*cnn8"):
         models.build_model("vgg")
+
+
+def test_examples_too_small_for_the_network_refused():
+    with pytest.raises(ValueError, match="cnn4"):
+        models.build_model("cnn4", input_shape=(1, 38, 384))
+    assert models.build_model("cnn4", 3, (1, 39, 39))(examples(2, (1, 39, 39))).shape == (2, 3)
 
 
 def test_the_command_prints_layers_shapes_and_counts():
     done = subprocess.run([sys.executable, models.__file__], capture_output=True, text=True, check=True)
     assert "(1, 256, 5, 23)       (1, 512, 5, 23)          1,179,648" in done.stdout
-    for total in ("1,176,210", "24,728,562", "11,195,890"):
-        assert total in done.stdout
+    for total in PARAMETERS.values():
+        assert f"{total:,}" in done.stdout

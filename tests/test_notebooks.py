@@ -1,4 +1,4 @@
-"""The notebooks, executed from top to bottom on a small root and a short run; and what is kept of them."""
+"""The notebooks, executed from top to bottom on a small data folder and short runs; and what is kept of them."""
 import os
 from pathlib import Path
 
@@ -6,22 +6,22 @@ import nbclient
 import nbformat
 import pytest
 
-import training
+from conftest import PROJECT, run
 
-NOTEBOOKS = Path(training.__file__).parent / "notebooks"
+NOTEBOOKS = PROJECT / "notebooks"
 NAMES = ["spectrograms", "augmentation", "results"]
 
 
 @pytest.fixture(scope="module")
-def runs_dir(shared_root, tmp_path_factory) -> Path:
-    """Two runs of the real cnn8, one of them of two folds."""
+def runs_dir(shared_root, pristine_root, tmp_path_factory) -> Path:
+    """Three runs of the real cnn8: one of two folds, one of one, and one on other data."""
     runs_dir = tmp_path_factory.mktemp("notebooks") / "runs"
-    for name, folds in (("first", ["1", "2"]), ("second", ["1"])):
-        assert training.main(["--data", str(shared_root), "--epochs", "1", "--views", "1", "--fold", *folds, "--run-dir",
-                              str(runs_dir / name)]) == 0
+    for name, data, folds in (("other", pristine_root, [1]), ("first", shared_root, [1, 2]), ("second", shared_root, [1])):
+        run("--data", data, "--epochs", 1, "--views", 1, "--fold", *folds, "--run-dir", runs_dir / name)
     return runs_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_notebooks_run_from_top_to_bottom(name, shared_root, runs_dir, monkeypatch):
     monkeypatch.setenv("ESC50_DATA", str(shared_root))
@@ -31,11 +31,17 @@ def test_notebooks_run_from_top_to_bottom(name, shared_root, runs_dir, monkeypat
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 4
+    texts = "".join(str(output) for output in outputs)
+    assert name != "results" or "other data" in texts, "runs on different data are compared without a word"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebooks_are_kept_with_small_outputs(name):
     path = NOTEBOOKS / f"{name}.ipynb"
     assert os.path.getsize(path) < 10 ** 6, "a code host does not show a larger one"
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "executed once, in order"
+    assert not [cell for cell in cells if any(output.output_type == "error" for output in cell.outputs)]
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for cell in cells for output in cell.outputs]
+    assert not [text for text in texts if str(PROJECT) in text], "a path of one machine"

@@ -1,11 +1,12 @@
-"""What the machine has and how it is used: device, precision, deterministic algorithms, memory."""
+"""What the machine has and how it is used: device, precision, deterministic algorithms, memory, cores."""
 import ctypes
+import logging
 import os
 import platform
 
 import torch
 
-from util.cache import UserError
+from util.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,7 +32,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def make_deterministic() -> None:
     """Only algorithms that give the same bits every time, on the CPU and on CUDA; and fp32 is fp32."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone; read when it starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it; read when it starts
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
@@ -39,24 +40,34 @@ def make_deterministic() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the blocks that tensors free for the next ones, instead of giving them back to the system.
+    """Have glibc keep the blocks that tensors free for the next ones, instead of returning them to the system.
 
-    Otherwise each step gets its activations as fresh pages, 15 000 (cnn8) to 87 000 (cnn4) page faults a step on the
-    CPU. Nothing happens where the C library is another one.
+    Otherwise each step gets its activations as new pages: 15 000 (cnn8) to 87 000 (cnn4) page faults a step on the CPU.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     libc.mallopt(trim_threshold, 2 ** 31 - 1)
-    for size in (2 ** 25, 2 ** 30):  # the second is refused by glibc before 2.35, whose limit is the first
+    for size in (2 ** 25, 2 ** 30):  # glibc before 2.35 refuses the second; its limit is the first
         libc.mallopt(mmap_threshold, size)
 
 
-def compile_network(network: torch.nn.Module) -> torch.nn.Module:
+def compile_model(model: torch.nn.Module) -> torch.nn.Module:
     """torch.compile for as many threads as there are now.
 
-    What it compiles it keeps on disk, with the number of threads in the code but, unless it is an option, not in the key
-    (pytorch issue 160812): a run of two threads would find what one of a single thread left, a third slower, with other bits.
+    torch keeps compiled code on disk. The number of threads is in the code, but in the key only as an option (pytorch issue
+    160812): without it, a run of two threads would find the code for one, a third slower and with other bits.
     """
-    return torch.compile(network, options={"cpp.threads": torch.get_num_threads()})
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it remarks on CUDA where there is none
+    return torch.compile(model, options={"cpp.threads": torch.get_num_threads()})
+
+
+def busy_note() -> str:
+    """A line, with the remedy, if other programs keep cores busy that this one is about to use; else nothing."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # processes that ran, over the last minute; not on Windows
+    if threads == 1 or busy + threads < cores + 0.5:
+        return ""
+    return (f"\nnote   other programs keep {busy:.1f} of {cores} cores busy; {threads} threads beside them are often slower than "
+            f"fewer: try OMP_NUM_THREADS={max(1, cores - round(busy))} before the command")

@@ -1,83 +1,65 @@
-"""The pictures of a run. Every function returns a matplotlib Figure; nothing here opens a window."""
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+"""What a run shows: pictures (matplotlib Figures; nothing opens a window), tables, TensorBoard, the comparison of two runs.
 
-from util.cache import MEL
+matplotlib, pandas, scikit-learn and TensorBoard take seconds to import: each function imports what it needs.
+"""
+import itertools
+from pathlib import Path
 
-TRAINING_COLOUR, VALIDATION_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion of Okabe & Ito: colour-blind safe
+import filelock
+import torch
+
+from util import rundir
+from util.checkpoint import load_checkpoint
+from util.config import LOCATION_FLAGS
+from util.errors import write_atomically
+
+METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+PHASES = {"training": ("#0072B2", "--"), "validation": ("#D55E00", "-")}  # Okabe & Ito's blue and vermilion: color-blind safe
 
 
-def curves_figure(rows: list[dict]) -> Figure:
-    """Loss and accuracy over the epochs, both phases; of several trainings the mean, in a band of one deviation.
-
-    rows: the objects of metrics.jsonl of one training or of several.
-    """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    trainings = len({(row["seed"], row["fold"]) for row in rows})
+def curves_figure(rows: list[dict]):
+    """Loss and accuracy over the epochs, from rows of metrics.jsonl; of several trainings the mean, in a band of +- 1 std."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    table, figure = pd.DataFrame(rows), Figure(figsize=(10, 4), layout="constrained")
+    trainings = len(table.groupby(["seed", "fold"]))
     for axes, metric, scale in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100)):
-        for phase, colour, style in (("training", TRAINING_COLOUR, "--"), ("validation", VALIDATION_COLOUR, "-")):
-            values = {}  # epoch -> one value a training
-            for row in rows:
-                if row["phase"] == phase:
-                    values.setdefault(row["epoch"], []).append(scale * row[metric])
-            mean = np.array([np.mean(of_epoch) for of_epoch in values.values()])
-            axes.plot(values.keys(), mean, color=colour, linestyle=style, label=phase,
-                      marker="o" if len(mean) == 1 else None)
+        for phase, (color, style) in PHASES.items():
+            epochs = table[table["phase"] == phase].groupby("epoch")[metric]
+            mean, std = scale * epochs.mean(), scale * epochs.std()
+            axes.plot(mean.index, mean, color=color, linestyle=style, label=phase, marker="o" if len(mean) == 1 else None)
             if trainings > 1:
-                deviation = np.array([np.std(of_epoch, ddof=1) for of_epoch in values.values()])
-                axes.fill_between(values.keys(), mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
-        axes.set_xlabel("epoch")
+                axes.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if metric == "loss" else "accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_ylabel("cross-entropy loss (nats)" if metric == "loss" else "accuracy (%)")
         axes.grid(alpha=0.3)
-        axes.legend(title=f"mean of {trainings}, band +- 1 sd" if trainings > 1 else None)
+        axes.legend(title=f"mean of {trainings}, band +- 1 std" if trainings > 1 else None)
     return figure
 
 
-def confusion_figure(confusion: np.ndarray, classes: list[str]) -> Figure:
+def confusion_figure(confusion, classes: list[str]):
     """Confusion matrix (classes, classes) of clip counts: a row per true class, a column per predicted class."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     count = len(classes)
     side = max(5.0, 0.24 * count + 2.5)  # inches; 0.24 leaves room for one line of 7-point text a class
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(confusion, cmap="Blues", vmin=0)  # one hue that only darkens: readable in grey
+    image = axes.imshow(confusion, cmap="Blues", vmin=0)  # one hue that only darkens: readable in gray
     axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
     axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    dark = confusion.max() / 2
-    for row, column in zip(*np.nonzero(confusion)):
-        value = confusion[row, column]
-        axes.text(column, row, str(value), ha="center", va="center", fontsize=6,
-                  color="white" if value > dark else "black")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    for row, column in zip(*confusion.nonzero()):
+        color = "white" if confusion[row, column] > confusion.max() / 2 else "black"
+        axes.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=6, color=color)
     figure.colorbar(image, ax=axes, shrink=0.6, label="clips", ticks=MaxNLocator(integer=True))
     return figure
 
 
-def draw_mel(axes, feature: np.ndarray, low: int = 0, first: int = 0, **options):
-    """A mel-spectrogram (mels, frames), or a crop whose corner is (low, first), with axes in s and Hz.
-
-    options: those of imshow, vmin and vmax above all. Returns the image, for a colour bar.
-    """
-    mels, frames = feature.shape
-    seconds = MEL["hop_length"] / MEL["sample_rate"]  # a frame
-    image = axes.imshow(feature, origin="lower", aspect="auto", cmap="magma",  # evenly darker, in grey too
-                        extent=(seconds * (first - 0.5), seconds * (first + frames - 0.5), low - 0.5, low + mels - 0.5),
-                        **options)
-    # HTK's mel scale: 128 filters' centres lie evenly between the mels of f_min and f_max
-    hertz = np.array([100, 300, 700, 1500, 3000, 6000])
-    ends = 2595 * np.log10(1 + np.array([MEL["f_min"], MEL["f_max"]]) / 700)
-    positions = (2595 * np.log10(1 + hertz / 700) - ends[0]) / (ends[1] - ends[0]) * (MEL["n_mels"] + 1) - 1
-    shown = (positions > low - 0.5) & (positions < low + mels - 0.5)
-    axes.set_yticks(positions[shown], hertz[shown])
-    axes.set_xlabel("time (s)")
-    axes.set_ylabel("frequency (Hz)")
-    return image
-
-
-def examples_figure(examples: np.ndarray, titles: list[str]) -> Figure:
-    """Normalised examples (B, 1, mels, frames) as a network sees them, four in a row; 0 is the mean, and the masks."""
+def examples_figure(examples, titles: list[str]):
+    """Normalized examples (B, 1, mels, frames) as a network sees them, four in a row; 0 is the mean, and the masks."""
+    from matplotlib.figure import Figure
     rows = -(-len(examples) // 4)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     grid = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
@@ -86,7 +68,153 @@ def examples_figure(examples: np.ndarray, titles: list[str]) -> Figure:
     for axes, example, title in zip(grid.flat, examples, titles):
         image = axes.imshow(example[0], origin="lower", aspect="auto", cmap="magma", vmin=-3, vmax=3)
         axes.set_title(title, fontsize=9, parse_math=False)
-    figure.supxlabel("frame of the crop (11.6 ms each)", fontsize=9)
-    figure.supylabel("mel of the crop", fontsize=9)
+    figure.supxlabel("frame of the crop", fontsize=9), figure.supylabel("mel of the crop", fontsize=9)
     figure.colorbar(image, ax=grid, label="standard deviations from the mean")
     return figure
+
+
+def draw_mel(axes, feature, params, sample_rate: int, low: int = 0, first: int = 0, **options):
+    """Draw a mel-spectrogram (mels, frames), or a crop with the corner (low, first), with axes in s and Hz; returns the image.
+
+    params: the dsets.FeatureParams; options: those of imshow, as vmin and vmax.
+    """
+    import numpy as np
+    mels, frames = feature.shape
+    seconds = params.hop_length / sample_rate  # a frame
+    extent = (seconds * (first - 0.5), seconds * (first + frames - 0.5), low - 0.5, low + mels - 0.5)
+    image = axes.imshow(feature, origin="lower", aspect="auto", cmap="magma", extent=extent, **options)  # darkens evenly in gray
+    # HTK's mel scale: the filters' centers lie evenly between the mels of f_min and f_max
+    hertz = np.array([100, 300, 700, 1500, 3000, 6000, 12_000])
+    ends = 2595 * np.log10(1 + np.array([params.f_min, params.f_max]) / 700)
+    positions = (2595 * np.log10(1 + hertz / 700) - ends[0]) / (ends[1] - ends[0]) * (params.n_mels + 1) - 1
+    shown = (positions > low - 0.5) & (positions < low + mels - 0.5)
+    axes.set_yticks(positions[shown], hertz[shown])
+    axes.set(xlabel="time (s)", ylabel="frequency (Hz)")
+    return image
+
+
+def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]):
+    """curves.png, from rows of metrics.jsonl, and confusion.png, from class indices (N,); returns the latter's figure."""
+    from sklearn.metrics import confusion_matrix
+    confusion = confusion_figure(confusion_matrix(targets, predictions, labels=range(len(classes))), classes)
+    for name, figure in (("confusion.png", confusion), ("curves.png", curves_figure(rows))):
+        write_atomically(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
+    return confusion
+
+
+def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]) -> None:
+    """report.csv, per class, from class indices (N,). It comes last: a training that has it is finished."""
+    import pandas as pd
+    from sklearn.metrics import precision_recall_fscore_support
+    scores = precision_recall_fscore_support(targets, predictions, labels=range(len(classes)), zero_division=0)
+    report = pd.DataFrame(dict(zip(("precision", "recall", "f1", "clips"), scores)), index=pd.Index(classes, name="class"))
+    write_atomically(folder / "report.csv", lambda part: report.to_csv(part, float_format="%.4f"))
+
+
+def summarize(run_dir: Path, epochs: int) -> dict:
+    """summary.json's content: every training with its last epoch, their mean and standard deviation (n - 1; 0 for one)."""
+    import pandas as pd
+    trainings = []
+    for folder in run_dir.glob("seed-*/fold-*"):
+        rows = [row for row in rundir.read_metrics(folder) if row["phase"] == "validation"]
+        if rows and rows[-1]["epoch"] == epochs:
+            last, best = rows[-1], min(rows, key=lambda row: row["loss"])  # the first of equals
+            trainings.append({"seed": last["seed"], "fold": last["fold"], "epochs": epochs,
+                              **{metric: last[metric] for metric in METRICS}, "best_epoch": best["epoch"],
+                              **{f"best_{metric}": best[metric] for metric in METRICS}})
+    trainings.sort(key=lambda training: (training["seed"], training["fold"]))
+    table = pd.DataFrame(trainings).drop(columns=["seed", "fold", "epochs", "best_epoch"], errors="ignore")
+    return {"trainings": trainings, "mean": table.mean().to_dict(), "std": table.std().fillna(0.0).to_dict()}
+
+
+def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor], classes: list[str]) -> dict:
+    """Write summary.json again and return it; of several trainings also the pictures and report of all together.
+
+    targets: class indices (N,) of each fold's validation clips. One process at a time: the last one sees all trainings.
+    """
+    with filelock.FileLock(run_dir / "lock"):
+        rundir.remove_parts(run_dir)
+        summary = summarize(run_dir, epochs)
+        rundir.write_json(run_dir / "summary.json", summary)
+        folders = [rundir.training_dir(run_dir, training["seed"], training["fold"]) for training in summary["trainings"]]
+        if len(folders) > 1 and all((folder / "last.pt").exists() for folder in folders):  # a user may remove them
+            predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
+            results = torch.cat([targets[training["fold"]] for training in summary["trainings"]]), predictions, classes
+            write_pictures(run_dir, [row for folder in folders for row in rundir.read_metrics(folder)], *results)
+            write_report(run_dir, *results)
+    return summary
+
+
+def summary_table(summary: dict) -> str:
+    """The table a run ends with, in %: last epoch of each training, the best epoch beside it, mean and std."""
+    import pandas as pd
+    rows = summary["trainings"] + [{"seed": name, "fold": "", "best_epoch": "", **summary[name]} for name in ("mean", "std")]
+    percent = ["accuracy", "precision", "recall", "f1", "best_accuracy"]
+    table = pd.DataFrame(rows, columns=["seed", "fold", *percent[:4], "best_epoch", percent[4]])
+    table[percent] = (100 * table[percent].astype(float)).map("{:.2f}".format)
+    return (table.to_string(index=False) + "\n(%, of the last epoch. The best epoch is that of the lowest validation loss: chosen "
+            "on the validation fold, its accuracy flatters.)")
+
+
+class Board:
+    """TensorBoard's writer of a training, which opens with the first rows: the first epoch does not wait for its import."""
+
+    def __init__(self, folder: Path, history: list[dict], examples_per_epoch: int, make_figure):
+        """history: rows of earlier epochs, written again; make_figure: gives a figure of the first augmented examples."""
+        self.folder, self.history, self.examples_per_epoch, self.make_figure = folder, history, examples_per_epoch, make_figure
+        self.writer = None
+
+    def add_rows(self, rows: list[dict]) -> None:
+        """Metrics, and in training the learning rate, over the number of examples seen, as the write-up plots them."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            for stale in self.folder.glob("events.out.tfevents.*"):
+                stale.unlink()
+            self.writer = SummaryWriter(str(self.folder))
+            self.writer.add_figure("augmented examples", self.make_figure(), 0)
+            rows = self.history + rows
+        for row in rows:
+            seen = row["epoch"] * self.examples_per_epoch
+            for metric in METRICS:
+                self.writer.add_scalar(f"{metric}/{row['phase']}", row[metric], seen)
+            if row["phase"] == "training":
+                self.writer.add_scalar("learning rate", row["lr"], seen)
+                self.writer.add_scalar("examples per s", self.examples_per_epoch / max(row["seconds"], 1e-3), seen)
+        self.writer.flush()
+
+    def add_results(self, confusion, flags: dict, last_row: dict) -> None:
+        """The confusion matrix's figure, and the flags with the final metrics (HPARAMS); closes the writer."""
+        self.add_rows([])
+        self.writer.add_figure("confusion", confusion, last_row["epoch"] * self.examples_per_epoch)
+        self.writer.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in flags.items()},
+                                {f"final/{metric}": last_row[metric] for metric in METRICS}, run_name=".")
+        self.writer.close()
+
+
+def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
+    """Lines that say, training by training, whether two runs are identical, and if not, what could explain it."""
+    import pandas as pd
+    lines, configs = [], [rundir.read_run_config(run_dir), rundir.read_run_config(other_dir)]
+    for seed, fold in itertools.product(configs[0]["flags"]["seed"], configs[0]["flags"]["fold"]):
+        folders = [rundir.training_dir(base, seed, fold) for base in (run_dir, other_dir)]
+        if missing := [str(folder / "last.pt") for folder in folders if not (folder / "last.pt").exists()]:
+            lines.append(f"seed {seed} fold {fold}: cannot be compared, there is no {' and no '.join(missing)}")
+            continue
+        rows = [rundir.read_metrics(folder) for folder in folders]
+        differing = [(then, now) for then, now in itertools.zip_longest(*rows, fillvalue={})
+                     if any(then.get(metric) != now.get(metric) for metric in METRICS)]
+        if differing:
+            then, now = ({metric: row.get(metric) for metric in METRICS} for row in differing[0])
+            lines.append(f"seed {seed} fold {fold}: {len(differing)} of {len(rows[0])} rows of metrics differ, first in epoch "
+                         f"{differing[0][0].get('epoch')} ({differing[0][0].get('phase')}): {then} then, {now} now")
+        weights, others = (load_checkpoint(folder / "last.pt")["model"] for folder in folders)
+        if weights.keys() != others.keys() or not all(torch.equal(weights[key], others[key]) for key in weights):
+            lines.append(f"seed {seed} fold {fold}: weights differ")
+    if not lines:
+        return ["identical to the last bit: all metrics of all epochs, all weights"]
+    parts = [{part: config[part] for part in ("flags", "versions", "hardware", "git", "data", "sessions")} for config in configs]
+    then, now = (pd.json_normalize(part, sep=" ").iloc[0].to_dict() for part in parts)
+    where = {f"flags {name}" for name in LOCATION_FLAGS}
+    changes = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted((then.keys() | now.keys()) - where)
+               if then.get(key) != now.get(key)]
+    return [*lines, "not identical; what could explain it:", *(changes or ["nothing that is recorded differs"])]

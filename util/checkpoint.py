@@ -1,0 +1,92 @@
+"""last.pt and best.pt, and files of weights: save, load, does it fit. Nothing in a file is executed (weights_only)."""
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
+
+CHECKPOINT_TYPES = {"model": dict, "model_name": str, "classes": list, "features": dict, "mean_std": list, "flags.tta_crops": int,
+                    "seed": int, "fold": int, "precision": str, "epoch": int, "history": list, "predictions": torch.Tensor}
+
+# torchvision's ResNet18_Weights.IMAGENET1K_V1
+IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    def write(part: Path) -> None:
+        with open(part, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's zip writer hides the disk's own error
+                    raise error.__context__ from None
+                raise
+    write_atomically(path, write)
+
+
+def load_tensors(path: str | Path):
+    """The tensors and plain values that torch.save wrote, on the CPU; UserError for another file, or one that unpacks to more."""
+    check_regular_file(path)
+    try:
+        if zipfile.is_zipfile(path):  # else it is of a torch before 1.6, or damaged
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):  # torch.save does not compress
+                    raise ValueError("it unpacks to more than it is")
+        with warnings.catch_warnings(action="ignore"):  # of pickles that torch.save did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's readers raise a dozen types; an UnpicklingError advises to execute what is in the file
+        why = "it is damaged, or holds more than that" if isinstance(error, pickle.UnpicklingError) else reason(error)
+        raise UserError(f"{path}: cannot be read as a file of tensors and plain values ({why})") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint that training.py wrote, on the CPU. Raises UserError for any other file."""
+    checkpoint = load_tensors(path)
+    try:
+        check_types(checkpoint, CHECKPOINT_TYPES)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not a checkpoint of this program ({reason(error)})") from error
+    return checkpoint
+
+
+def load_weights(model: torch.nn.Module, state_dict: dict, path: str | Path, strict: bool = True):
+    """load_state_dict of weights from the file `path`; UserError if they do not fit or are not finite numbers."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of complex numbers
+            keys = model.load_state_dict(state_dict, strict=strict)
+    except Exception as error:  # torch raises its own and many others; what does not fit stands in the last line
+        line = (str(error).strip() or repr(error)).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit {type(model).__name__} ({line[:300]})") from error
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all() or (name.endswith("running_var") and tensor.min() < 0):
+            raise UserError(f"{path}: {name} holds numbers that are not finite, or variances below 0")
+    return keys
+
+
+def load_pretrained(model: torch.nn.Module, source: str) -> None:
+    """Load ResNet-18 weights in torchvision's layout into a models.ResNet18, all but the last layer.
+
+    source: "imagenet" (torchvision's published weights, fetched once into torch.hub's cache) or a file's path.
+    A stem of three input channels is summed to one: a gray picture, given as three equal channels, gives the same.
+    Raises UserError if the weights cannot be fetched, read, or do not fit.
+    """
+    try:
+        if source == "imagenet":
+            state_dict = torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            state_dict = load_tensors(source)
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
+        state_dict["conv1.weight"] = state_dict["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
+    except Exception as error:  # urllib and torch raise a dozen types, and the file may hold anything
+        remedy = f"check the connection, or fetch {IMAGENET_URL} by hand and name the file" if source == "imagenet" else \
+            "expected torchvision's resnet18 state dict"
+        raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
+    missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
+    missing = [name for name in missing if not (name.startswith("fc.") or name.endswith("num_batches_tracked"))]  # not in old files
+    if missing or unexpected:
+        raise UserError(f"--pretrained {source}: does not fit resnet18: lacks {missing[:3]}, has {unexpected[:3]} besides; "
+                        f"expected torchvision's resnet18 state dict")
