@@ -2,6 +2,7 @@
 
 Every test names its device: a machine with a GPU tests the same as one without.
 """
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from matplotlib.figure import Figure
 
 import dsets
 import models
 import training
+from util import report, rundir
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -134,3 +139,59 @@ def real_waveforms() -> torch.Tensor:
     if not paths:
         pytest.skip("no real recordings beside the project")
     return torch.stack([dsets.load_waveform(path) for path in paths])
+
+
+# --- small runs -------------------------------------------------------------------------------------------------------
+
+def make_small_pictures(monkeypatch) -> None:
+    """Pictures of a few empty pixels: drawing takes most of the time of a small run."""
+    for name in ("curves_figure", "confusion_figure", "examples_figure"):
+        monkeypatch.setattr(report, name, lambda *arguments: Figure(figsize=(0.2, 0.2)))
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    make_small_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def shared_run(pristine_root, tmp_path_factory) -> Path:
+    """A run never interrupted: 2 seeds x 2 folds x 2 epochs. Shared: a test that changes a run takes `reference`."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(models.MODELS, "cnn8", Tiny)
+        make_small_pictures(monkeypatch)
+        run_dir = train_in(tmp_path_factory.mktemp("shared") / "run", pristine_root, "--fold", 1, 3, "--seed", 1, 2)
+    torch.use_deterministic_algorithms(False)
+    return run_dir
+
+
+@pytest.fixture
+def reference(shared_run, tmp_path) -> Path:
+    """A copy of shared_run, of a test's own."""
+    return shutil.copytree(shared_run, tmp_path / "reference")
+
+
+def results_of(run_dir: Path) -> dict:
+    """All that must not depend on interruptions or the clock: weights, metrics but for the seconds, reports, the summary."""
+    results = {"summary": (run_dir / "summary.json").read_text()}
+    for folder in sorted(run_dir.glob("seed-*/fold-*")):
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in rundir.read_metrics(folder)]
+        weights = [{key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+                    for key, tensor in load_checkpoint(folder / name)["model"].items()} for name in ("last.pt", "best.pt")]
+        results[folder.parent.name, folder.name] = rows, (folder / "report.csv").read_text(), weights
+    return results
+
+
+def error_line(capsys) -> str:
+    """The one line on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("training.py: ") and error.count("\n") == 1
+    return error
+
+
+def refused(function, *arguments) -> str:
+    """The message of the UserError that a call raises, of one line."""
+    with pytest.raises(UserError) as refusal:
+        function(*arguments)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)

@@ -12,8 +12,7 @@ import torch
 import dsets
 import models
 import training
-from conftest import CPU, Tiny, run, train_in
-from test_rundir import error_line, reference, refused, shared_run, small_pictures
+from conftest import CPU, error_line, refused, run, Tiny, train_in
 from util import checkpoint as checkpoints
 from util import rundir
 

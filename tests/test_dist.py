@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dsets
 import models
 import training
-from conftest import CPU, PROJECT, Tiny, run, write_root
-from test_rundir import error_line, make_small_pictures, results_of, small_pictures
+from conftest import CPU, error_line, make_small_pictures, PROJECT, results_of, run, Tiny, write_root
 from util import dist
 from util.checkpoint import load_checkpoint
 from util.errors import UserError

@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dsets
 import models
 import training
-from conftest import Tiny, run, train_in
-from test_rundir import error_line, reference, shared_run, small_pictures
+from conftest import error_line, run, Tiny, train_in
 from util import checkpoint as checkpoints
 from util import report, rundir
 
