@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ def pretend(monkeypatch, *, cuda: bool = False, mps: bool = False, cores: int = 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(os, "getloadavg", lambda: (busy, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100 * busy / cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
 
@@ -128,9 +129,3 @@ def test_busy_cores_are_noted_with_the_remedy(monkeypatch, machine, remedy):
     pretend(monkeypatch, **machine)
     note = device.busy_note()
     assert remedy in note and note.strip().count("\n") == 0 if remedy else note == ""
-
-
-def test_where_the_load_is_not_known_nothing_is_noted(monkeypatch):
-    pretend(monkeypatch)
-    monkeypatch.delattr(os, "getloadavg")  # as on Windows
-    assert device.busy_note() == ""

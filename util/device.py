@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 
+import psutil
 import torch
 
 from util.errors import UserError
@@ -66,8 +67,10 @@ def compile_model(model: torch.nn.Module) -> torch.nn.Module:
 def busy_note() -> str:
     """A line, with the remedy, if other programs keep cores busy that this one is about to use; else nothing."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # processes that ran, over the last minute; not on Windows
-    if threads == 1 or busy + threads < cores + 0.5:
+    if threads == 1:
+        return ""
+    busy = cores * psutil.cpu_percent(interval=0.2) / 100  # over 0.2 s, while this program waits
+    if busy + threads < cores + 0.5:
         return ""
     return (f"\nnote   other programs keep {busy:.1f} of {cores} cores busy; {threads} threads beside them are often slower than "
             f"fewer: try OMP_NUM_THREADS={max(1, cores - round(busy))} before the command")
