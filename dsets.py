@@ -249,8 +249,9 @@ class ESC50(torch.utils.data.Dataset):
         held_out = torch.tensor(self.table["fold"].to_numpy() == fold)
         training, validation = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
         if len(validation) == 0 or len(training) == 0:
-            raise UserError(f"--fold {fold}: leaves no clip of {self.root} to {'validate' if len(training) else 'train'} on; expected "
-                            f"all, or some of its folds, {' '.join(map(str, self.folds))}")
+            purpose = "validate" if len(training) else "train"
+            raise UserError(f"--fold {fold}: leaves no clip of {self.root} to {purpose} on; expected all, or some of its folds, "
+                            f"{' '.join(map(str, self.folds))}")
         return training, validation
 
     def mean_std(self, indices: torch.Tensor) -> tuple[float, float]:

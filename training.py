@@ -162,7 +162,8 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     training, validation = dataset.split(fold)
     mean_std = dataset.mean_std(training)
     constants = {"model_name": config.model, "classes": dataset.classes, "seed": seed, "fold": fold,
-                 "precision": config.precision, "features": vars(dataset.params), "mean_std": list(mean_std), "flags": vars(config)}
+                 "precision": config.precision, "features": vars(dataset.params), "mean_std": list(mean_std),
+                 "flags": vars(config)}
     resume_from = folder / "last.pt" if (folder / "last.pt").exists() else None
     raw_model = start_model(config.model, None if resume_from else config.pretrained, dataset, seed, fold)
     raw_model = raw_model.to(device, memory_format=torch.channels_last)

@@ -53,7 +53,8 @@ class Config:
     model: str = flag("cnn8", "the network", choices=MODELS)
     pretrained: str | None = flag(None, "start resnet18 from ImageNet weights, or a file of weights", metavar="{imagenet,PATH}")
     fold: list = flag([1], "validation fold, one training for each: one, several, or all", nargs="+", type=fold_name, metavar="K")
-    seed: list = flag([42], "seed, one or several, each with every fold", nargs="+", type=number(int, 0, 2 ** 63 - 1), metavar="S")
+    seed: list = flag([42], "seed: one or several, each with every fold", nargs="+", type=number(int, 0, 2 ** 63 - 1),
+                      metavar="S")
     recipe: str = flag("blog", "the defaults of the flags below; a flag beside it overrides it", choices=("blog", "strong"))
     epochs: int = flag(40, "passes over all training examples", type=number(int, 1, 10 ** 6), metavar="N")
     batch_size: int = flag(32, "examples of each step, over all processes", type=number(int, 1, 10 ** 6), metavar="N")
@@ -64,12 +65,13 @@ class Config:
     views: int = flag(5, "random crops of each clip an epoch, all but the first masked", type=number(int, 1, 1000), metavar="N")
     freq_mask: int = flag(27, "SpecAugment: each of two masks covers up to N mels", type=number(int, 0, 1000), metavar="N")
     time_mask: int = flag(100, "SpecAugment: each of two masks covers up to N frames", type=number(int, 0, 10 ** 5), metavar="N")
-    mixup: float = flag(0.0, "mix each example with another, lam from Beta(A, A); 0: off", type=number(float, 0, 100), metavar="A")
+    mixup: float = flag(0.0, "mix pairs of examples, lam of Beta(ALPHA, ALPHA); 0: off", type=number(float, 0, 100),
+                        metavar="ALPHA")
     label_smoothing: float = flag(0.0, "part of each target spread over all classes", type=number(float, 0, 0.99), metavar="X")
     time_shift: float = flag(0.0, "shift clips by up to S seconds; the end wraps around", type=number(float, 0, 5), metavar="S")
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
-    ema: float = flag(0.0, "evaluate, save a moving average of the weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
+    ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
     tta_crops: int = flag(1, "average the logits of the center crop, or of a grid of 9, in validation", type=int, choices=(1, 9))
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto takes bf16 where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
@@ -160,7 +162,8 @@ def parse_args(argv: list[str]) -> Config:
     for name, value in vars(config).items():
         if value == "" and name != "comment":
             raise UserError(f"{flag_name(name)}: is empty; give it a value, or leave it out")
-        if name in ("comment", "tb_prefix") and (set(value) & set('/\\:*?"<>|') or not value.isprintable() or set(value) == {"."}):
+        is_folder = name in ("comment", "tb_prefix")
+        if is_folder and (set(value) & set('/\\:*?"<>|') or not value.isprintable() or value in (".", "..")):
             raise UserError(f"{flag_name(name)} {value!r}: names a folder, expected printable letters and no / \\ : * ? \" < > |")
     if config.demo and config.download:
         raise UserError("--download: fetches ESC-50, --demo writes synthetic sounds; leave one of them out")

@@ -21,8 +21,9 @@ def write_demo(root: Path) -> None:
     """
     clips = [(target, number) for number in range(CLIPS_PER_CLASS) for target in range(NUM_CLASSES)]
     rows = [{"filename": f"{number % NUM_FOLDS + 1}-{1000 + target}-{'ABCDEFGHIJ'[number]}-{target}.wav",
-             "fold": number % NUM_FOLDS + 1, "target": target, "category": f"{list(KINDS)[target // 5]}_{REGISTERS[target % 5][0]}",
-             "esc10": target < 10, "src_file": 1000 + target, "take": "ABCDEFGHIJ"[number]} for target, number in clips]
+             "fold": number % NUM_FOLDS + 1, "target": target,
+             "category": f"{list(KINDS)[target // 5]}_{REGISTERS[target % 5][0]}", "esc10": target < 10,
+             "src_file": 1000 + target, "take": "ABCDEFGHIJ"[number]} for target, number in clips]
     text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
     path = root / "meta" / "esc50.csv"
     if path.is_file():
