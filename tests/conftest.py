@@ -20,6 +20,8 @@ from util import report, rundir
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
+torch.set_num_threads(1)  # small networks are faster so, also beside other programs
+
 PROJECT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 OTHER_PARAMS = dsets.FeatureParams(n_mels=64, hop_length=1024, f_max=16_000.0, crop_mels=60, crop_frames=200)  # of 64 x 216

@@ -95,6 +95,7 @@ def test_algorithms_are_deterministic_and_fp32_is_fp32():
     assert output_of(SETTINGS).split() == ["True", "False", "False", "False", ":4096:8"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again():
     faults = list(map(int, output_of(PAGE_FAULTS).split()))

@@ -161,6 +161,7 @@ def test_log_mel_equals_torchaudios_and_librosas(params):
     check_log_mel(hard_waveforms(), params)
 
 
+@pytest.mark.slow
 def test_log_mel_equals_torchaudios_and_librosas_on_real_clips(real_waveforms):
     check_log_mel(real_waveforms, PARAMS)
 

@@ -159,6 +159,7 @@ def test_examples_too_small_for_the_network_refused():
     assert models.build_model("cnn4", 3, (1, 39, 39))(examples(2, (1, 39, 39))).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_the_command_prints_layers_shapes_and_counts():
     done = subprocess.run([sys.executable, models.__file__], capture_output=True, text=True, check=True)
     assert "(1, 256, 5, 23)       (1, 512, 5, 23)          1,179,648" in done.stdout

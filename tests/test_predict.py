@@ -110,6 +110,7 @@ def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, p
     assert 0 < expected < 1, "a case that tells nothing"
 
 
+@pytest.mark.slow
 def test_predictions_use_the_features_of_the_checkpoint(shared_root, other_run_dir, capsys):
     path = other_run_dir / "seed-42" / "fold-1" / "last.pt"
     predictor = predict.Predictor(str(path))
@@ -124,6 +125,7 @@ def test_predictions_use_the_features_of_the_checkpoint(shared_root, other_run_d
     assert 0 < expected < 1, "a case that tells nothing"
 
 
+@pytest.mark.slow
 def test_networks_of_other_features_do_not_predict_together(run_dir, other_run_dir, wav, tmp_path, capsys):
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.copy(other_run_dir / "seed-42" / "fold-1" / "last.pt", tmp_path / "run" / "seed-42" / "fold-2")
