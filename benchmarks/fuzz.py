@@ -2,9 +2,10 @@
 
     python benchmarks/fuzz.py [--cases 10000] [--seed 0]
 
-Every case is one that hypothesis draws (seeded) and must end in right features or a message of one line: any other
-exception, a case of more than 10 s, more than half a GB of memory beside what the program has before the first case (Linux),
-a file outside the case's own folder or a pickle that was executed ends the run with status 1 and the smallest such case.
+Every case is one that hypothesis draws (seeded) and must end in right features or a message of one line. Any other
+exception, a case of more than 10 s, a file outside the case's own folder or a pickle that was executed ends the run with
+status 1 and the smallest such case. More than half a GB of memory beside what the program has before the first case (Linux)
+gives status 1 too. Recordings, tables, archives and checkpoints are hostile; run.json and metrics.jsonl are damaged.
 tests/test_fuzz.py runs a few hundred of the same cases.
 """
 import argparse
@@ -23,6 +24,7 @@ import warnings
 import wave
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -31,14 +33,14 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util import config as cli
 import dsets
 import models
 import predict
-from util import cache as recordings
-from util import download as roots
-from util import rundir as runs
-from util.cache import UserError
+from util import checkpoint as checkpoints
+from util import download, report
+from util.config import Config, parse_args
+from util.errors import UserError
+from util.tables import read_esc50
 
 SECONDS = 10
 counts = collections.Counter()  # of each kind's outcomes
@@ -65,7 +67,7 @@ class Case:
         self.parent.cleanup()
         assert seconds < SECONDS, f"{self.kind}: took {seconds:.1f} s"
         assert left == ["case"], f"{self.kind}: left {left} beside its folder"
-        if isinstance(error, UserError) or (isinstance(error, ValueError) and self.kind == "weights"):
+        if isinstance(error, UserError):
             assert str(error).strip() and len(str(error).splitlines()) == 1, f"{self.kind}: {error!r} is not one line"
             assert len(str(error)) < 2000, f"{self.kind}: a message of {len(str(error))} characters"
             counts[self.kind, "refused"] += 1
@@ -105,8 +107,9 @@ def sounds() -> list[bytes]:
     rng = np.random.default_rng(0)
     made = []
     for kind, subtype, channels, rate in [
-            ("WAV", "PCM_16", 1, 44_100), ("WAV", "PCM_16", 2, 44_100), ("WAV", "PCM_U8", 1, 44_100), ("WAV", "PCM_24", 1, 48_000),
-            ("WAV", "FLOAT", 1, 44_100), ("WAV", "DOUBLE", 2, 22_050), ("WAV", "ULAW", 1, 8_000), ("WAV", "IMA_ADPCM", 1, 44_100),
+            ("WAV", "PCM_16", 1, 44_100), ("WAV", "PCM_16", 2, 44_100), ("WAV", "PCM_U8", 1, 44_100),
+            ("WAV", "PCM_24", 1, 48_000), ("WAV", "FLOAT", 1, 44_100), ("WAV", "DOUBLE", 2, 22_050),
+            ("WAV", "ULAW", 1, 8_000), ("WAV", "IMA_ADPCM", 1, 44_100),
             ("WAVEX", "PCM_16", 2, 44_100), ("FLAC", "PCM_16", 1, 44_100), ("OGG", "VORBIS", 1, 44_100),
             ("AIFF", "PCM_16", 1, 44_100), ("MP3", "MPEG_LAYER_III", 1, 44_100), ("W64", "PCM_16", 1, 44_100),
             ("RF64", "PCM_16", 1, 44_100), ("AU", "PCM_16", 1, 44_100), ("CAF", "PCM_16", 1, 44_100)]:
@@ -121,7 +124,7 @@ def sounds() -> list[bytes]:
 
 
 SOUNDS = sounds()
-LOG_MEL = recordings.LogMel()
+LOG_MEL = dsets.LogMel()
 
 
 def plain_pcm(content: bytes) -> np.ndarray | None:
@@ -145,11 +148,12 @@ def recording(data):
     with Case("recording") as folder:
         path = folder / "a.wav"
         path.write_bytes(content)
-        waveform = recordings.load_waveform(path)
-        assert waveform.shape == (1, 220_500) and waveform.dtype == torch.float32 and waveform.isfinite().all()
+        for _, _, waveform in dsets.windows(path):
+            assert waveform.shape == (1, 220_500) and waveform.dtype == torch.float32 and waveform.isfinite().all()
+        waveform = dsets.load_waveform(path)
         feature = LOG_MEL(waveform)
         assert feature.shape == (1, 128, 431) and feature.isfinite().all()
-        assert feature.max() - feature.min() <= recordings.TOP_DB + 1e-3
+        assert feature.max() - feature.min() <= LOG_MEL.params.top_db + 1e-3
         expected = plain_pcm(content)
         if expected is not None:
             padded = np.zeros(220_500, np.float32)
@@ -164,15 +168,15 @@ def cut_short(length):
     with Case("cut short") as folder:
         path = folder / "a.wav"
         path.write_bytes(SOUNDS[0][:length])
-        waveform = recordings.load_waveform(path)
+        waveform = dsets.load_waveform(path)
         assert length == len(SOUNDS[0]) and waveform.abs().max() > 0
 
 
 CELLS = st.text(max_size=5) | st.sampled_from(
-    ["-1", "0", "1", "3.5", "5", "6", "50", "dog", "", " ", "True", "false", "nan", "1e3", "１", "été 1.wav", "a b.wav", "/etc/passwd",
-     "../../secret.wav", "..\\secret.wav", "C:a.wav", "x" * 300, '"', ",", "\n", "\0", "\r\n", "\ufeff"])
+    ["-1", "0", "1", "3.5", "5", "6", "50", "dog", "", " ", "True", "false", "nan", "1e3", "１", "été 1.wav", "a b.wav",
+     "/etc/passwd", "../../secret.wav", "..\\secret.wav", "C:a.wav", "x" * 300, '"', ",", "\n", "\0", "\r\n", "\ufeff"])
 HEADER = "filename,fold,target,category,esc10"
-ROW = st.tuples(st.sampled_from(["a.wav", "b.wav"]), st.sampled_from("12"), st.just("0"), st.just("dog"), st.just("True")).map(list)
+ROW = st.tuples(st.sampled_from(["a.wav", "b.wav"]), st.sampled_from("12"), *map(st.just, ("0", "dog", "True"))).map(list)
 
 
 @st.composite
@@ -193,7 +197,7 @@ def table(content):
     with Case("table") as folder:
         (folder / "meta").mkdir()
         (folder / "meta" / "esc50.csv").write_bytes(content)
-        rows = dsets.read_table(folder)
+        rows = read_esc50(folder)
         assert rows["fold"].between(1, 5).all() and rows["target"].between(0, 49).all() and rows["filename"].is_unique
         for name in rows["filename"]:
             assert (folder / "audio" / name).resolve().parent == (folder / "audio").resolve()
@@ -201,30 +205,44 @@ def table(content):
 
 @st.composite
 def archives(draw) -> bytes:
-    """A zip of a root with hostile names, links, lies about sizes, and mutated bytes."""
+    """A zip of a data folder with hostile names, links, lies about sizes, and mutated bytes."""
     buffer = io.BytesIO()
+    good = {"ESC-50-master/audio/a.wav": SOUNDS[0], "ESC-50-master/meta/esc50.csv": f"{HEADER}\na.wav,1,0,dog,True\n".encode()}
     names = st.sampled_from(
-        ["ESC-50-master/meta/esc50.csv", "ESC-50-master/audio/a.wav", "ESC-50-master/audio", "ESC-50-master/audio/a.wav/b", "../../evil",
-         "/evil", "ESC-50-master/../../evil", "C:\\evil", "top\\..\\..\\evil", "file", "", "a/b\0c", "é/ü"])
+        [*good, "ESC-50-master/audio", "ESC-50-master/audio/a.wav/b", "ESC-50-master/audio/b.wav", "ESC-50-master/" + "x" * 300,
+         "ESC-50-master/README.md/", "../../evil", "/evil", "ESC-50-master/../../evil", "C:\\evil", "top\\..\\..\\evil", "file",
+         "", "a/b\0c", "é/ü"])
+    contents = st.sampled_from([b"", b"../../../evil", HEADER.encode(), b"0" * 100_000])
     ways = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    members = list(good.items()) if draw(st.booleans()) else []
+    members += [(name, draw(contents)) for name in draw(st.lists(names, max_size=5))]
     with zipfile.ZipFile(buffer, "w") as zipped, warnings.catch_warnings(action="ignore"):  # of names written twice
-        for name in draw(st.lists(names, max_size=5)):
+        for name, content in members:
             info = zipfile.ZipInfo(name)
             info.compress_type = draw(ways)
-            if draw(st.booleans()):
+            if draw(st.integers(0, 3)) == 0:
                 info.external_attr = 0o120777 << 16  # a link
-            zipped.writestr(info, draw(st.sampled_from([b"", b"../../../evil", HEADER.encode(), b"0" * 100_000])))
+            zipped.writestr(info, content)
     content = buffer.getvalue()
     return draw(st.just(content) | mutated([content], header=len(content)))
 
 
 @given(archives())
 def archive(content):
-    """An archive: refused, or unpacked below its folder."""
-    with Case("archive") as folder:
-        (folder / "a.zip").write_bytes(content)
-        roots.unpack(folder / "a.zip", folder / "unpacked", "https://example.org/a.zip")
-        assert not any(path.is_symlink() for path in folder.rglob("*"))
+    """An archive: refused, or a data folder of plain files; nothing beside it."""
+    def fetch(url: str, path: Path) -> None:
+        path.write_bytes(content)
+
+    def one_by_one(function, items, title: str) -> list:  # without a bar
+        return [function(item) for item in items]
+
+    with Case("archive") as folder, mock.patch.multiple(download, fetch=fetch, in_threads=one_by_one):
+        try:
+            download.download(folder / "root")
+            assert download.problems(folder / "root") == []
+        finally:
+            assert set(os.listdir(folder)) <= {"root"} and not any(path.is_symlink() for path in folder.rglob("*"))
+            assert not Path("/evil").exists()
 
 
 # --- checkpoints and records ------------------------------------------------------------------------------------------
@@ -240,24 +258,27 @@ class Hostile:
 
 
 class Small(torch.nn.Module):
-    """A network of few weights."""
+    """A network of few weights for examples of any size."""
 
-    def __init__(self, num_classes: int = 2):
+    def __init__(self, num_classes: int = 2, input_shape: tuple[int, int, int] = (1, 100, 384)):
         super().__init__()
-        self.fc = torch.nn.Linear(2, num_classes)
+        self.fc = torch.nn.Linear(1, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean(dim=(2, 3)))  # (B, 1, mels, frames) -> (B, num_classes)
 
 
 def row(epoch: int, phase: str) -> dict:
-    return {"seed": 42, "fold": 1, "epoch": epoch, "phase": phase, "seconds": 0.5, **{metric: 0.5 for metric in runs.METRICS}}
+    return {"seed": 42, "fold": 1, "epoch": epoch, "phase": phase, "seconds": 0.5, "lr": 3e-4,
+            **{metric: 0.5 for metric in report.METRICS}}
 
 
 def good_checkpoint() -> dict:
-    flags = copy.deepcopy({**cli.DEFAULTS, **cli.RECIPES["blog"]})
     history = [row(1, "training"), row(1, "validation")]
-    return {"format": 1, "model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"],
-            "features": copy.deepcopy(dsets.FEATURES), "normalisation": {"mean": -20.0, "std": 10.0}, "flags": flags,
-            "versions": {}, "seed": 42, "fold": 1, "precision": "fp32", "epoch": 1, "history": history,
-            "best": history[1], "predictions": torch.tensor([0, 1])}
+    return {"model": Small().state_dict(), "model_name": "cnn8", "classes": ["cat", "dog"],
+            "features": vars(dsets.FeatureParams()).copy(), "mean_std": [-20.0, 10.0], "flags": vars(Config()),
+            "seed": 42, "fold": 1, "precision": "fp32", "epoch": 1,
+            "history": history, "best": history[1], "predictions": torch.tensor([0, 1])}
 
 
 def packed(content) -> bytes:
@@ -272,7 +293,6 @@ for _ in range(200):
 PLAIN = [None, True, -1, 0, 3, 0.5, float("nan"), float("inf"), "", "text", "x" * 5000, "two\nlines", [], {}, {"a": 1}, deep]
 VALUES = st.sampled_from(PLAIN + [10 ** 30, ["cat"], ["cat", "cat"], ["a", "b", "c"], torch.zeros(2), torch.tensor([0, 7]),
                                   torch.full((2, 2), torch.nan), torch.zeros(1).expand(10 ** 12), torch.zeros(2, 2).to_sparse()])
-JSON_VALUES = st.sampled_from(PLAIN + [10 ** 400, [1], ["../x"], "../../evil", "--help", "-1"])
 
 
 @st.composite
@@ -299,23 +319,32 @@ def edited(draw, content, values, hostile=None):
     return content
 
 
-def is_good_predictor(path: Path) -> None:
-    network = predict.Predictor(path).network
-    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+@st.composite
+def features(draw) -> dict:
+    """Parameters of features, most of them possible; some of their filters are empty."""
+    n_fft = draw(st.sampled_from([16, 512, 1024, 2048, 8192]))
+    hop_length, n_mels = draw(st.integers(max(1, n_fft // 32), n_fft)), draw(st.integers(1, min(512, n_fft // 2)))
+    return {"n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels, "f_min": draw(st.sampled_from([0.0, 0, 50.0, 4000.0])),
+            "f_max": draw(st.sampled_from([1.0, 8000.0, 22_050.0])), "top_db": draw(st.sampled_from([1e-3, 80.0, 999.0])),
+            "amin": draw(st.sampled_from([5e-324, 1e-10, 0.9])), "crop_mels": draw(st.integers(1, min(128, n_mels))),
+            "crop_frames": draw(st.integers(1, 220_500 // hop_length + 1))}
 
 
 @given(st.data())
 def checkpoint(data):
     """A checkpoint with values changed, or its bytes: refused, or a network of finite weights; nothing in it executed."""
-    models.MODELS["cnn8"] = Small
-    content = data.draw(edited(good_checkpoint(), VALUES, Hostile()))
-    content = packed(content)
+    content = good_checkpoint()
+    if data.draw(st.booleans()):
+        content["features"], content["flags"]["tta_crops"] = data.draw(features()), data.draw(st.sampled_from([1, 9]))
+    content = packed(data.draw(edited(content, VALUES, Hostile())))
     if data.draw(st.integers(0, 3)) == 0:
         content = data.draw(mutated([content, packed([1, 2]), SOUNDS[0]], header=len(content)))
-    with Case("checkpoint") as folder:
+    with Case("checkpoint") as folder, mock.patch.dict(models.MODELS, cnn8=Small), warnings.catch_warnings(action="ignore"):
+        (folder / "last.pt").write_bytes(content)
         try:
-            (folder / "last.pt").write_bytes(content)
-            is_good_predictor(folder / "last.pt")
+            predictor = predict.Predictor(folder / "last.pt")
+            assert all(tensor.isfinite().all() for tensor in predictor.network.state_dict().values())
+            assert predictor(torch.zeros(1, 1, 220_500)).shape == (1, len(predictor.classes))
         finally:
             assert not EXECUTED.exists(), "a pickle was executed"
 
@@ -330,23 +359,45 @@ def weights(data):
     with Case("weights") as folder:
         torch.save(content, folder / "weights.pth")  # 45 MB
         model = models.ResNet18(2)
-        models.load_pretrained(model, str(folder / "weights.pth"))
+        checkpoints.load_pretrained(model, str(folder / "weights.pth"))
         assert not EXECUTED.exists() and all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
-def good_record() -> dict:
-    return {"command": ["training.py"], "started": "", "flags": copy.deepcopy({**cli.DEFAULTS, **cli.RECIPES["blog"]}), "device": "cpu",
-            "precision": "fp32", "versions": {"torch": "2"}, "hardware": {"threads": 2, "ranks": 1},
-            "git": {"commit": None, "dirty": None}, "data": {"root": "data", "clips": 4, "classes": ["cat"], "fingerprint": "0"}}
+def good_run_config() -> dict:
+    return {"command": ["training.py"], "started": "", "flags": vars(Config()), "features": vars(dsets.FeatureParams()).copy(),
+            "versions": {"torch": "2"}, "hardware": {"threads": 2, "world_size": 1}, "git": {"commit": None, "dirty": None},
+            "data": {"clips": 4, "classes": ["cat"], "fingerprint": "0"}, "sessions": []}
+
+
+JSON_VALUES = [None, True, 3, 0.5, float("nan"), "text", [], [1], {}, {"a": 1}]
+
+
+@st.composite
+def damaged(draw, content: dict) -> dict:
+    """The content with up to two of its entries, at any depth, missing, or with a value of another type."""
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
+        place = content
+        while place:
+            key = draw(st.sampled_from(list(place)))
+            if isinstance(place[key], dict) and draw(st.booleans()):
+                place = place[key]
+                continue
+            if draw(st.booleans()):
+                del place[key]
+            else:
+                others = [value for value in JSON_VALUES if type(value) is not type(place[key])]
+                place[key] = copy.deepcopy(draw(st.sampled_from(others)))
+            break
+    return content
 
 
 @given(st.data())
 def record(data):
-    """run.json and metrics.jsonl, edited by hand: --resume and --rerun, the summary and its table refuse them or understand."""
-    text = json.dumps(data.draw(edited(good_record(), JSON_VALUES))).encode()
+    """run.json and metrics.jsonl, damaged: --resume and --rerun, the summary and its table refuse them or understand."""
+    text = json.dumps(data.draw(damaged(good_run_config()))).encode()
     if data.draw(st.integers(0, 3)) == 0:
         text = data.draw(mutated([text, b"[" * 100_000], header=len(text)))
-    rows = [data.draw(edited(row(epoch, phase), JSON_VALUES)) if data.draw(st.integers(0, 3)) == 0 else row(epoch, phase)
+    rows = [data.draw(damaged(row(epoch, phase))) if data.draw(st.integers(0, 3)) == 0 else row(epoch, phase)
             for epoch in (1, 2) for phase in ("training", "validation")]
     lines = "\n".join(map(json.dumps, rows)).encode()
     if data.draw(st.integers(0, 3)) == 0:
@@ -357,10 +408,10 @@ def record(data):
         training.mkdir(parents=True)
         (folder / "run.json").write_bytes(text)
         (training / "metrics.jsonl").write_bytes(lines)
-        runs.summary_table(runs.summarise(folder, 2))
-        flags, _ = cli.parse_flags([again, str(folder)])
-        assert not re.search(r"[/\\]", flags["comment"] + flags["tb_prefix"])
-        runs.compare_runs(folder, folder)
+        report.summary_table(report.summarize(folder, 2))
+        config = parse_args([again, str(folder)])
+        assert not re.search(r"[/\\]", config.comment + config.tb_prefix)
+        report.compare_runs(folder, folder)
 
 
 PROPERTIES = {recording: 40, cut_short: 4, table: 20, archive: 15, checkpoint: 10, weights: 1, record: 10}  # % of the cases
@@ -394,7 +445,8 @@ def main() -> int:
         print(f"{name:>12}: {counts[name, 'refused']:>6} refused, {counts[name, 'taken']:>6} taken, "
               f"{time.perf_counter() - begin:.0f} s", flush=True)
     peak = peak_bytes()
-    print(f"{sum(counts.values())} cases" + (f"; most memory {peak / 1e9:.2f} GB, {before / 1e9:.2f} before the first" if peak else ""))
+    memory = f"; most memory {peak / 1e9:.2f} GB, {before / 1e9:.2f} before the first" if peak else ""
+    print(f"{sum(counts.values())} cases{memory}")
     return 1 if peak and peak - before > 0.5e9 else 0
 
 

@@ -12,12 +12,13 @@
 
 All candidates take turns on the same clips, ours in a process that is set up as training.py does it, the others in this
 one, as a user's program would be. Figures are medians, with the least and the greatest beside them, and ratios are
-medians of the ratios of neighbouring turns. --data: an ESC-50 root (default data/demo, which
+medians of the ratios of neighboring turns. --data: an ESC-50 folder (default data/demo, which
 `python training.py --demo` writes). With --device cuda, a sixth row: the `blog` recipe's 40 epochs of 8000 examples,
 on random features of ESC-50's size.
 """
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,16 +41,18 @@ import torchaudio
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util import config as cli
 import dsets
-from util import device as machine
 import models
-from util import cache as recordings
-from util import rundir as runs
 import training
-from util.dist import Ranks
+from dsets import SAMPLE_RATE
+from util import cache, rundir
+from util import device as machine
+from util.config import Config
+from util.errors import write_atomically
+from util.tables import read_esc50
 
-BATCH_SIZE = cli.RECIPES["blog"]["batch_size"]
+BLOG = Config()  # the `blog` recipe
+PARAMS = dsets.FeatureParams()
 
 
 class Turns:
@@ -77,6 +80,19 @@ def as_training_py() -> None:
     machine.keep_freed_memory()
 
 
+def start_training(name: str, device: torch.device):
+    """A network and its optimizer as the `blog` recipe starts them."""
+    model = models.build_model(name).to(device, memory_format=torch.channels_last)
+    return model, training.OPTIMIZERS[BLOG.optimizer](model.parameters(), BLOG.lr, weight_decay=BLOG.weight_decay, fused=True)
+
+
+def batches_of(dataset, clips: torch.Tensor, mean_std: tuple[float, float], epoch: int, device: torch.device):
+    """An epoch's batches as the `blog` recipe draws them."""
+    options = {name: getattr(BLOG, name) for name in training.AUGMENTATIONS}
+    return dsets.training_batches(dataset, clips, mean_std, batch_size=BLOG.batch_size, seed=1, fold=1, epoch=epoch,
+                                  device=device, **options)
+
+
 def seconds_of(function) -> float:
     begin = time.perf_counter()
     function()
@@ -86,27 +102,36 @@ def seconds_of(function) -> float:
 # --- 1. features ------------------------------------------------------------------------------------------------------
 
 def our_features(root: Path, clips: int) -> float:
-    names = list(dsets.read_table(root)["filename"])[:clips]
+    names = [f"audio/{name}" for name in read_esc50(root)["filename"]][:clips]
+    log_mel, shape = dsets.LogMel(PARAMS), (1, PARAMS.n_mels, PARAMS.num_frames)
     with tempfile.TemporaryDirectory() as folder:
-        return len(names) / seconds_of(lambda: recordings.compute_features(root, names, Path(folder) / "logmel.npy", False))
+        return len(names) / seconds_of(lambda: cache.compute_features(
+            root, names, Path(folder) / "logmel.npy", lambda path: log_mel(dsets.load_waveform(path)).numpy(), shape))
+
+
+def torchaudio_transforms():
+    """The same features, with torchaudio's own transforms."""
+    mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, PARAMS.n_fft, hop_length=PARAMS.hop_length, n_mels=PARAMS.n_mels,
+                                               f_min=PARAMS.f_min, f_max=PARAMS.f_max)
+    return torch.nn.Sequential(mel, torchaudio.transforms.AmplitudeToDB("power", top_db=PARAMS.top_db))
 
 
 def measure_features(own_process, root: Path, repeat: int, clips: int) -> dict:
-    paths = [root / "audio" / name for name in dsets.read_table(root).head(clips)["filename"]]
-    mel = torchaudio.transforms.MelSpectrogram(44_100, 2048, hop_length=512, n_mels=128, f_min=0, f_max=8000)
-    to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
+    paths = [root / "audio" / name for name in read_esc50(root).head(clips)["filename"]]
+    transforms = torchaudio_transforms()
 
     def by_torchaudio():
         for path in paths:
             samples, _ = soundfile.read(path, dtype="float32")
-            to_db(mel(torch.from_numpy(samples)[None]))
+            transforms(torch.from_numpy(samples)[None])
 
     def by_librosa():
         for path in paths:
-            samples, _ = librosa.load(path, sr=44_100)
-            power = librosa.feature.melspectrogram(y=samples, sr=44_100, n_fft=2048, hop_length=512, n_mels=128, fmin=0,
-                                                   fmax=8000, htk=True, norm=None, pad_mode="reflect")
-            librosa.power_to_db(power, top_db=80)
+            samples, _ = librosa.load(path, sr=SAMPLE_RATE)
+            power = librosa.feature.melspectrogram(
+                y=samples, sr=SAMPLE_RATE, n_fft=PARAMS.n_fft, hop_length=PARAMS.hop_length, n_mels=PARAMS.n_mels,
+                fmin=PARAMS.f_min, fmax=PARAMS.f_max, htk=True, norm=None, pad_mode="reflect")
+            librosa.power_to_db(power, top_db=PARAMS.top_db)
 
     turns = Turns({"ours": lambda: own_process.submit(our_features, root, clips).result(),
                    "torchaudio clip by clip": lambda: len(paths) / seconds_of(by_torchaudio),
@@ -123,10 +148,9 @@ class PlainDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: dsets.ESC50, indices: torch.Tensor, views: int):
         self.dataset, self.indices, self.views = dataset, indices.repeat_interleave(views), views
-        self.mel = torchaudio.transforms.MelSpectrogram(44_100, 2048, hop_length=512, n_mels=128, f_min=0, f_max=8000)
-        self.to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
-        self.masks = [torchaudio.transforms.FrequencyMasking(dsets.MAX_MASK_MELS),
-                      torchaudio.transforms.TimeMasking(dsets.MAX_MASK_FRAMES)] * 2
+        self.transforms = torchaudio_transforms()
+        self.masks = [torchaudio.transforms.FrequencyMasking(BLOG.freq_mask),
+                      torchaudio.transforms.TimeMasking(BLOG.time_mask)] * 2
 
     def __len__(self):
         return len(self.indices)
@@ -134,9 +158,10 @@ class PlainDataset(torch.utils.data.Dataset):
     def __getitem__(self, item):
         index = int(self.indices[item])
         samples, _ = soundfile.read(self.dataset.root / "audio" / self.dataset.table["filename"][index], dtype="float32")
-        feature = (self.to_db(self.mel(torch.from_numpy(samples)[None])) + 10) / 20
-        low, first = np.random.randint(29), np.random.randint(48)
-        feature = feature[:, low:low + 100, first:first + 384]
+        feature = (self.transforms(torch.from_numpy(samples)[None]) + 10) / 20
+        low = np.random.randint(PARAMS.n_mels - PARAMS.crop_mels + 1)
+        first = np.random.randint(PARAMS.num_frames - PARAMS.crop_frames + 1)
+        feature = feature[:, low:low + PARAMS.crop_mels, first:first + PARAMS.crop_frames]
         if item % self.views:
             for mask in self.masks:
                 feature = mask(feature)
@@ -148,18 +173,16 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
     """A function of a number of steps that takes them as training.py does and returns examples/s."""
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
-    stats = dataset.statistics(clips)
+    mean_std = dataset.mean_std(clips)
     precision = machine.choose_precision("auto", device)
-    model = models.build_model(name).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
-    network = machine.compile_network(model) if compiled else model
+    model, optimizer = start_training(name, device)
+    model = machine.compile_model(model) if compiled else model
 
     def rate(steps: int) -> float:
-        batches = dsets.training_batches(dataset, clips, stats, views=5, batch_size=BATCH_SIZE, seed=1, fold=1, epoch=1,
-                                         device=device)
+        batches = itertools.islice(batches_of(dataset, clips, mean_std, 1, device), steps)
         begin = time.perf_counter()
-        training.train_epoch(network, optimizer, (next(batches) for _ in range(steps)), steps, precision, Ranks())
-        return steps * BATCH_SIZE / (time.perf_counter() - begin)
+        training.train_one_epoch(model, optimizer, batches, steps * [BLOG.lr], precision)
+        return steps * BLOG.batch_size / (time.perf_counter() - begin)
     return rate
 
 
@@ -167,7 +190,7 @@ def our_rate(steps: int, *arguments) -> float:
     return our_training(*arguments)(steps)
 
 
-GROUPS = {"convolutions": "convolution", "matrix products": "mm", "batch normalisation": "batch_norm",
+GROUPS = {"convolutions": "convolution", "matrix products": "mm", "batch normalization": "batch_norm",
           "ReLU, tanh": "clamp_min|threshold|tanh", "pooling": "pool", "casts, copies": "copy_|fill_",
           "optimizer": "adam|Optimizer"}
 
@@ -188,13 +211,13 @@ def measure_training(own_process, root: Path, repeat: int, device: torch.device,
     clips, _ = dataset.split(dataset.folds[0])
     precision = machine.choose_precision("auto", device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    results = {"precision": precision, "batch size": BATCH_SIZE}
+    results = {"precision": precision, "batch size": BLOG.batch_size}
     for name in models.MODELS:
         plain = models.build_model(name).to(device)
-        optimizer = torch.optim.Adam(plain.parameters(), 3e-4, weight_decay=1e-3)
+        optimizer = torch.optim.Adam(plain.parameters(), BLOG.lr, weight_decay=BLOG.weight_decay)
 
         def plain_loop() -> float:
-            loader = torch.utils.data.DataLoader(PlainDataset(dataset, clips, 5), BATCH_SIZE, shuffle=True,
+            loader = torch.utils.data.DataLoader(PlainDataset(dataset, clips, BLOG.views), BLOG.batch_size, shuffle=True,
                                                  num_workers=os.cpu_count(), drop_last=True)
             plain.train()
             batches = iter(loader)
@@ -207,21 +230,21 @@ def measure_training(own_process, root: Path, repeat: int, device: torch.device,
                 loss.backward()
                 optimizer.step()
                 loss.item()
-            return steps * BATCH_SIZE / (time.perf_counter() - begin)
+            return steps * BLOG.batch_size / (time.perf_counter() - begin)
 
         def matmul() -> float:
             a = torch.randn(2048, 2048, dtype=dtype, device=device)
             product = torch.empty_like(a)
-            synchronise(device)
+            synchronize(device)
             begin = time.perf_counter()
             for _ in range(8):
                 torch.mm(a, a, out=product)
-            synchronise(device)
+            synchronize(device)
             return 8 * 2 * 2048 ** 3 / (time.perf_counter() - begin)
 
         with FlopCounterMode(display=False) as flops:
-            F.cross_entropy(plain(torch.zeros(1, 1, 100, 384, device=device)),
-                            torch.zeros(1, dtype=torch.long, device=device)).backward()
+            logits = plain(torch.zeros(1, *PARAMS.input_shape, device=device))
+            F.cross_entropy(logits, torch.zeros(1, dtype=torch.long, device=device)).backward()
         ours = {f"ours{', --compile' if compiled else ''}": functools.partial(our_rate, steps, root, name, device, compiled)
                 for compiled in (False, True)}
         turns = Turns({"matmul": matmul, "plain loop": plain_loop,
@@ -235,7 +258,7 @@ def measure_training(own_process, root: Path, repeat: int, device: torch.device,
     return results
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -270,21 +293,21 @@ def measure_first_step(root: Path, repeat: int) -> dict:
                                                  cwd=Path(training.__file__).parent))
 
     turns = Turns({"cold": cold, "cached": start, "imports alone": imports}, repeat)
-    return {name: turns.row(name) for name in turns.values} | {"clips": len(dsets.read_table(root))}
+    return {name: turns.row(name) for name in turns.values} | {"clips": len(read_esc50(root))}
 
 
 # --- 4. one clip ------------------------------------------------------------------------------------------------------
 
 def measure_one_clip(root: Path, count: int = 200) -> dict:
-    log_mel, model = recordings.LogMel(), models.build_model("cnn8").eval()
-    paths = [root / "audio" / name for name in dsets.read_table(root)["filename"]]
-    corners = dsets.validation_corners()
+    log_mel, model = dsets.LogMel(PARAMS), models.build_model("cnn8").eval()
+    paths = [root / "audio" / name for name in read_esc50(root)["filename"]]
+    corners = dsets.validation_corners(PARAMS)
     times = []
     with torch.inference_mode():
         for i in range(count + 10):
             begin = time.perf_counter()
-            features = log_mel(recordings.load_waveform(paths[i % len(paths)])[None])
-            examples = dsets.normalise(dsets.crop(features, torch.zeros(1, dtype=torch.long), corners), -10.0, 20.0)
+            features = log_mel(dsets.load_waveform(paths[i % len(paths)])[None])
+            examples = dsets.normalize(dsets.crop(features, torch.zeros(1, dtype=torch.long), corners, PARAMS), -10.0, 20.0)
             model(examples).softmax(dim=1).topk(5)
             times.append(1000 * (time.perf_counter() - begin))
     times = sorted(times[10:])
@@ -300,26 +323,26 @@ from types import SimpleNamespace
 import numpy, torch
 import dsets, models, training
 from util import device as machine
-from util.dist import Ranks
-path, steps, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+from util.config import Config
+path, steps = sys.argv[1], int(sys.argv[2])
+config, device = Config(), torch.device("cpu")
 features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
 count = len(features)
-dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50)
-device = torch.device("cpu")
+dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50,
+                          params=dsets.FeatureParams())
 machine.keep_freed_memory()
 precision = machine.choose_precision("auto", device)
 model = models.build_model("cnn8").to(memory_format=torch.channels_last)
-optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
-ranks = Ranks()
+optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
 for wanted in (5, steps):  # five to warm up
-    batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=5, batch_size=batch_size, seed=1, fold=1,
-                                     epoch=1, device=device)
+    batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=config.views,
+                                     batch_size=config.batch_size, seed=1, fold=1, epoch=1, device=device)
     begin = time.perf_counter()
-    training.train_epoch(model, optimizer, itertools.islice(batches, wanted), wanted, precision, ranks)
+    training.train_one_epoch(model, optimizer, itertools.islice(batches, wanted), wanted * [config.lr], precision)
 seconds = time.perf_counter() - begin
 # not getrusage: what it says of a child includes its parent
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-print(steps * batch_size / seconds, peak / 1024)
+print(steps * config.batch_size / seconds, peak / 1024)
 """
 
 
@@ -327,15 +350,16 @@ def measure_growth(repeat: int, steps: int, sizes: tuple[int, ...] = (400, 2000,
     """cnn8's examples/s and peak resident memory (MB; Linux) on random features of so many clips, in fresh processes."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for size in sizes:
-            features = np.lib.format.open_memmap(f"{folder}/{size}.npy", "w+", np.float32, (size, 1, 128, dsets.FRAMES))
+            features = np.lib.format.open_memmap(f"{folder}/{size}.npy", "w+", np.float32,
+                                                 (size, 1, PARAMS.n_mels, PARAMS.num_frames))
             for index in range(size):
-                features[index] = np.random.default_rng(index).standard_normal((1, 128, dsets.FRAMES), np.float32)
+                features[index] = np.random.default_rng(index).standard_normal(features.shape[1:], np.float32)
             features.flush()
         memory = {}
 
         def measure(size: int) -> float:
-            done = subprocess.run([sys.executable, "-c", GROWTH, os.path.abspath(f"{folder}/{size}.npy"), str(steps),
-                                   str(BATCH_SIZE)], cwd=Path(training.__file__).parent, capture_output=True, text=True,
+            done = subprocess.run([sys.executable, "-c", GROWTH, os.path.abspath(f"{folder}/{size}.npy"), str(steps)],
+                                  cwd=Path(training.__file__).parent, capture_output=True, text=True,
                                   check=True)
             rate, memory[size] = map(float, done.stdout.split())
             return rate
@@ -346,22 +370,22 @@ def measure_growth(repeat: int, steps: int, sizes: tuple[int, ...] = (400, 2000,
 
 # --- 6. the whole recipe, on a GPU ------------------------------------------------------------------------------------
 
-def measure_recipe(repeat: int, device: torch.device, epochs: int = 40, clips: int = 1600) -> dict:
+def measure_recipe(repeat: int, device: torch.device, epochs: int = BLOG.epochs, clips: int = 1600) -> dict:
     """Seconds of the `blog` recipe's epochs on random features of ESC-50's training folds, without validation."""
     generator = torch.Generator(device).manual_seed(0)
-    dataset = SimpleNamespace(features=torch.randn(clips, 1, 128, dsets.FRAMES, device=device, generator=generator),
-                              rows=torch.arange(clips), targets=torch.arange(clips) % 50)
+    dataset = SimpleNamespace(
+        features=torch.randn(clips, 1, PARAMS.n_mels, PARAMS.num_frames, device=device, generator=generator),
+        rows=torch.arange(clips), targets=torch.arange(clips) % 50, params=PARAMS)
     precision = machine.choose_precision("auto", device)
     as_training_py()
 
     def recipe(name: str) -> float:
-        model = models.build_model(name).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3, fused=True)
+        model, optimizer = start_training(name, device)
+        steps = -(-clips * BLOG.views // BLOG.batch_size)
         begin = time.perf_counter()
         for epoch in range(epochs):
-            batches = dsets.training_batches(dataset, torch.arange(clips), (0.0, 1.0), views=5, batch_size=BATCH_SIZE,
-                                             seed=1, fold=1, epoch=epoch, device=device)
-            training.train_epoch(model, optimizer, batches, 5 * clips // BATCH_SIZE, precision, Ranks())
+            batches = batches_of(dataset, torch.arange(clips), (0.0, 1.0), epoch, device)
+            training.train_one_epoch(model, optimizer, batches, steps * [BLOG.lr], precision)
         return time.perf_counter() - begin
 
     turns = Turns({name: lambda name=name: recipe(name) for name in models.MODELS}, repeat)
@@ -384,7 +408,7 @@ def print_table(results: dict, indent: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="data/demo", help="an ESC-50 root (default data/demo)")
+    parser.add_argument("--data", default="data/demo", help="an ESC-50 folder (default data/demo)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeat", type=int, default=5, help="counted turns (default 5)")
     parser.add_argument("--clips", type=int, default=200, help="clips of row 1 (default 200)")
@@ -394,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     root, device = Path(args.data).resolve(), torch.device(args.device)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), as_training_py) as own_process:
-        results = runs.environment()
+        results = rundir.environment(world_size=1)
         rows = [("features, clips/s", lambda: measure_features(own_process, root, args.repeat, args.clips)),
                 ("training, examples/s", lambda: measure_training(own_process, root, args.repeat, device, args.steps)),
                 ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
@@ -408,7 +432,7 @@ def main() -> None:
             results[name] = measure()
             print_table({name: results[name]})
             sys.stdout.flush()
-            recordings.write_whole(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+            write_atomically(Path(args.json), lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
 
 Every run is killed up to --kills times, each time at a moment drawn uniformly from the next half of a run's length,
 resumed until it is done, and compared with a run that was never killed: weights, metrics (times aside), summary. Odd
-runs in bf16, even ones in fp32. Exit status 1 if an epoch was lost or a bit differs. Needs fork (Linux, macOS): a process that has
-imported everything already is killed in the program itself, not in its imports.
+runs in bf16, even ones in fp32. Exit status 1 if an epoch was lost or a bit differs. Needs fork (Linux, macOS): a process
+that has imported everything already is killed in the program itself, not in its imports.
 """
 import argparse
+import importlib
 import json
 import os
 import random
@@ -24,10 +25,15 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dsets
-from util import rundir as runs
 import training
+from util import checkpoint as checkpoints
+from util import report, rundir
+from util.tables import COLUMNS
 
-FLAGS = ["--fold", "1", "2", "--epochs", "3", "--views", "2", "--batch-size", "4"]
+for name in ("matplotlib.backends.backend_agg", "sklearn.metrics", "torch._dynamo", "torch.utils.tensorboard", "torchaudio"):
+    importlib.import_module(name)  # what training.py imports when it is used
+
+FLAGS = ["--device", "cpu", "--fold", "1", "2", "--epochs", "3", "--views", "2", "--batch-size", "4"]
 
 
 def write_small_root(root: Path) -> None:
@@ -39,7 +45,7 @@ def write_small_root(root: Path) -> None:
     for number, row in enumerate(rows):
         samples = np.random.default_rng(number).uniform(-1, 1, dsets.CLIP_SAMPLES) * 0.1 * (row[2] + 1)
         soundfile.write(root / "audio" / row[0], samples, dsets.SAMPLE_RATE, subtype="PCM_16")
-    pd.DataFrame(rows, columns=dsets.COLUMNS).to_csv(root / "meta" / "esc50.csv", index=False)
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(root / "meta" / "esc50.csv", index=False)
 
 
 def start(log: Path, function, *arguments) -> int:
@@ -78,8 +84,8 @@ def lost_epochs(run_dir: Path, log: Path) -> int:
     for line in [*log.read_text().splitlines(), "seed 0 fold 0:"]:
         if training_line := re.match(r"seed (\d+) fold (\d+):", line):
             if folder and epoch:
-                lost += max(0, epoch - runs.load_checkpoint(folder / "last.pt")["epoch"])
-            folder, epoch = runs.training_dir(run_dir, int(training_line[1]), int(training_line[2])), 0
+                lost += max(0, epoch - checkpoints.load_checkpoint(folder / "last.pt")["epoch"])
+            folder, epoch = rundir.training_dir(run_dir, int(training_line[1]), int(training_line[2])), 0
         elif epoch_line := re.match(r" +(\d+)/\d+ +\|", line):
             epoch = int(epoch_line[1])
     return lost
@@ -87,7 +93,8 @@ def lost_epochs(run_dir: Path, log: Path) -> int:
 
 def compare(reference: Path, run_dir: Path) -> int:
     """0 if weights, metrics and summary are the same to the last bit, else 1."""
-    same = runs.compare_runs(reference, run_dir)[-1] == "identical to the last bit"
+    lines = report.compare_runs(reference, run_dir)
+    same = len(lines) == 1 and lines[0].startswith("identical to the last bit")
     return 0 if same and (reference / "summary.json").read_bytes() == (run_dir / "summary.json").read_bytes() else 1
 
 
