@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from util import cache, tables
+from util.config import Config
 from util.errors import UserError, check_regular_file
 
 SAMPLE_RATE = 44_100  # Hz, ESC-50's
@@ -375,9 +376,9 @@ class Batch(NamedTuple):
 
 
 def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, views: int, batch_size: int,
-                     seed: int, fold: int, epoch: int, device: torch.device, freq_mask: int = 27, time_mask: int = 100,
-                     time_shift: float = 0.0, gain: float = 0.0, filter_augment: float = 0.0, mixup: float = 0.0,
-                     rank: int = 0, world_size: int = 1):
+                     seed: int, fold: int, epoch: int, device: torch.device, freq_mask: int = Config.freq_mask,
+                     time_mask: int = Config.time_mask, time_shift: float = 0.0, gain: float = 0.0,
+                     filter_augment: float = 0.0, mixup: float = 0.0, rank: int = 0, world_size: int = 1):
     """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
     Each clip gives `views` examples: all random crops, all but the first also masked (freq_mask in mels, time_mask in
