@@ -67,7 +67,7 @@ class FeatureParams:
             value = getattr(self, field.name)
             if not isinstance(value, (int, field.type)) or (field.type is int and value < 1):
                 expected = "an int above 0" if field.type is int else "a float"
-                raise UserError(f"features: {field.name} is {value!r:.100}, expected {expected}")
+                raise UserError(f"dsets.FeatureParams: {field.name} is {value!r:.100}, expected {expected}")
         for holds, expected in (
                 (16 <= self.n_fft <= 32_768, "n_fft from 16 to 32768"),
                 (self.n_fft / 32 <= self.hop_length <= self.n_fft, "hop_length from n_fft / 32 to n_fft"),
@@ -78,7 +78,7 @@ class FeatureParams:
                  f"a crop within the mel-spectrogram of {self.n_mels} mels and {self.num_frames} frames"),
                 (self.crop_mels * self.crop_frames <= 250_000, "a crop of 250 000 values at most")):
             if not holds:
-                raise UserError(f"features: expected {expected}; found {self}")
+                raise UserError(f"dsets.FeatureParams: expected {expected}; found {self}")
 
     @property
     def num_frames(self) -> int:

@@ -17,14 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # until there is something to save, an interrupt ends the program without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from util import rundir
 from util.config import LOCATION_FLAGS, Config, parse_args
 from util.errors import UserError, exit_on_error, print_error, reason
 
-if __name__ == "__main__":  # torch takes seconds to import: until then, answer --help and a wrong flag, end at an interrupt
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    if "RANK" not in os.environ:  # under torchrun, one of the processes answers (main)
-        exit_on_error("training.py", parse_args, sys.argv[1:])
+if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong flag are answered before torch is imported, which
+    exit_on_error("training.py", parse_args, sys.argv[1:])  # takes seconds; under torchrun, one of the processes answers (main)
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +241,10 @@ def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: i
     """The model with the weights that (seed, fold) give, or pretrained ones below a last layer that they give."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(dsets.generator_for(seed, fold, 0, "weights").initial_seed())
-        model = models.build_model(name, len(dataset.classes), dataset.params.input_shape)
+        try:
+            model = models.build_model(name, len(dataset.classes), dataset.params.input_shape)
+        except ValueError as error:
+            raise UserError(f"--model {name}: cannot be built ({error}); choose another model or other features") from error
     if pretrained:
         checkpoints.load_pretrained(model, pretrained)
     return model
@@ -254,14 +258,16 @@ def resume(path: Path, constants: dict, raw_model, eval_model, optimizer) -> tup
     try:
         checkpoint = checkpoints.load_checkpoint(path)
         names = ("seed", "fold", "model_name", "classes", "precision", "features")
-        rundir.check_same("is another training's", *({name: each[name] for name in names} for each in (checkpoint, constants)))
+        then, now = ({name: each[name] for name in names} for each in (checkpoint, constants))
+        rundir.check_same(f"{path}: is another training's", then, now)
         checkpoints.load_weights(eval_model, checkpoint["model"], path)
         if eval_model is not raw_model:
             checkpoints.load_weights(raw_model, checkpoint["raw_model"], path)
         optimizer.load_state_dict(checkpoint["optimizer"])
         return tuple(checkpoint[name] for name in ("epoch", "history", "best", "predictions"))
-    except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
-        raise UserError(f"{path}: {reason(error)}; remove it, and --resume starts this training again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        message = str(error) if isinstance(error, UserError) else f"{path}: is damaged ({reason(error)})"
+        raise UserError(f"{message}; remove it, and --resume starts this training again") from error
 
 
 def row_text(row: dict) -> str:
@@ -305,11 +311,11 @@ def run(argv: list[str], progress: dict) -> None:
     config.fold = dataset.folds if "all" in config.fold else config.fold
     for fold in config.fold:
         dataset.split(fold)  # refuses a fold that the data does not have, before anything is trained
+    model = start_model(config.model, None, dataset, 0, 0)  # for its size; refused before a folder is made
     run_dir = start_run(argv, config, dataset) if dist.rank() == 0 else ""
     progress["run_dir"] = run_dir = Path(dist.broadcast(str(run_dir)))
     torch.set_num_threads(rundir.read_run_config(run_dir)["hardware"]["threads"])  # sums are split by thread: as many as at first
-    model = start_model(config.model, None, dataset, 0, 0)  # for its size
-    print(f"run    {shlex.quote(str(run_dir / 'run.json'))}\ndata   {dataset}\nmodel  {config.model}, "
+    print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}\nmodel  {config.model}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.precision} on {config.device}, processes: "
           f"{dist.world_size()}, threads of each: {torch.get_num_threads()}{note}", flush=True)
     if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -380,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        stopped = f"{error.filename or 'output'}: {error.strerror or error}"
+        stopped = f"{error.filename or 'output'}: {error.strerror or error} (to be fixed first)"
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or the exit would fail at it again
     except (torch.OutOfMemoryError, MemoryError):

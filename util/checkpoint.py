@@ -86,7 +86,7 @@ def load_pretrained(model: torch.nn.Module, source: str) -> None:
             "expected torchvision's resnet18 state dict"
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
-    missing = [name for name in missing if not name.startswith("fc.") and not name.endswith("num_batches_tracked")]  # new in 0.4.1
+    missing = [name for name in missing if not name.startswith("fc.") and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:
         raise UserError(f"--pretrained {source}: does not fit resnet18: lacks {missing[:3]}, has {unexpected[:3]} besides; "
                         f"expected torchvision's resnet18 state dict")

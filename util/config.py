@@ -27,7 +27,9 @@ def number(kind: type, low: float, high: float):
 
 def fold_name(text: str) -> int | str:
     """An argparse type: a fold's number, or "all"."""
-    return text if text == "all" else number(int, 0, 10 ** 6)(text)
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fold's number nor all; a comment comes before the flags")
+    return text if text == "all" else int(text)
 
 
 def flag(default, help: str, **options):
@@ -141,7 +143,8 @@ def parse_args(argv: list[str]) -> Config:
     if unknown and not unknown[0].startswith("-"):
         raise UserError(f'{unknown[0]}: is one word too many; quote a comment of several words: "{first.comment} {unknown[0]}"')
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], [flag_name(each.name) for each in fields(Config)], n=1)
+        flags = [flag_name(each.name) for each in fields(Config) if each.name != "comment"]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         raise UserError(f"{unknown[0]}: is no flag; " + (f"did you mean {close[0]}?" if close else "--help lists the flags"))
     if first.resume and first.rerun:
         raise UserError("--rerun: starts a new run, --resume continues one; leave one of them out")
@@ -152,7 +155,8 @@ def parse_args(argv: list[str]) -> Config:
             check_types(flags, {each.name: each.type for each in fields(Config)})
             recorded = Config(**flags)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{run_dir}/run.json: is damaged (flags: {reason(error)}); restore it, or start a new run") from error
+            raise UserError(f"{run_dir}/run.json: has other flags than this program ({reason(error)}); use the code of then, "
+                            f"restore it, or start a new run") from error
     recipe = STRONG | (STRONG_CNN4 if first.model == "cnn4" else {}) if first.recipe == "strong" else {}
     if first.demo:
         recipe = DEMO | (recipe if first.recipe else DEMO_RECIPE)

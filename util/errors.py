@@ -65,8 +65,8 @@ def write_atomically(path: Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or make the folder writable, "
-                        f"what was there before is whole") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check that its folder is there and writable, "
+                        f"and that the disk has room; no file is left half-written") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -55,18 +55,22 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path, types: dict[str, type], remedy: str, lines: bool = False) -> list[dict]:
     """The object in a JSON file of this program, or those in its lines. Raises UserError if there is none or it is damaged."""
     check_regular_file(path)
+    number, objects = 0, []
     try:
         text = path.read_text(encoding="utf-8")
-        objects = [json.loads(line) for line in (text.splitlines() if lines else [text])]
-        for each in objects:
-            check_types(each, types)
+        for number, part in enumerate(text.splitlines() if lines else [text], start=1):
+            objects.append(json.loads(part))
+            check_types(objects[-1], types)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({reason(error)}); {remedy}") from error
+        place = f"object {number}: " if lines else ""
+        raise UserError(f"{path}: is damaged ({place}{reason(error)}); {remedy}") from error
     return objects
 
 
 def read_run_config(run_dir: Path) -> dict:
     """run.json of a run's folder. Raises UserError if there is none or it is damaged."""
+    if not (run_dir / "run.json").exists():
+        raise UserError(f"{run_dir / 'run.json'}: no such file; name a run's folder, as training.py prints it first")
     return read_json(run_dir / "run.json", RUN_CONFIG_TYPES, "restore it, or start a new run")[0]
 
 
