@@ -321,7 +321,6 @@ def run(argv: list[str], progress: dict) -> None:
     if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
         dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
 
-    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
     for seed, fold in itertools.product(config.seed, config.fold):
         folder = rundir.training_dir(run_dir, seed, fold)
         finished = rundir.is_finished(folder, config.epochs)
@@ -330,9 +329,10 @@ def run(argv: list[str], progress: dict) -> None:
             with rundir.lock_training(folder) if dist.rank() == 0 else contextlib.nullcontext():
                 train(folder, dataset, config, seed, fold, device)
             if dist.rank() == 0:
-                report.write_summary(run_dir, config.epochs, targets, dataset.classes)
+                report.write_summary(run_dir, config.epochs)  # the pictures of all load every checkpoint: once, at the end
     if dist.rank() > 0:
         return
+    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
     summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
     print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote(str(run_dir / 'summary.json'))}")
     if config.rerun:

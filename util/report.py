@@ -127,8 +127,8 @@ def summarize(run_dir: Path, epochs: int) -> dict:
     return {"trainings": trainings, "mean": table.mean().to_dict(), "std": table.std().fillna(0.0).to_dict()}
 
 
-def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor], classes: list[str]) -> dict:
-    """Write summary.json again and return it; of several trainings also the pictures and report of all together.
+def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor] | None = None, classes: list[str] = ()) -> dict:
+    """Write summary.json again and return it; with targets, of several trainings also pictures and report of all together.
 
     targets: class indices (N,) of each fold's validation clips. One process at a time: the last one sees all trainings.
     """
@@ -137,7 +137,7 @@ def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor], 
         summary = summarize(run_dir, epochs)
         rundir.write_json(run_dir / "summary.json", summary)
         folders = [rundir.training_dir(run_dir, training["seed"], training["fold"]) for training in summary["trainings"]]
-        if len(folders) > 1 and all((folder / "last.pt").exists() for folder in folders):  # a user may remove them
+        if targets and len(folders) > 1 and all((folder / "last.pt").exists() for folder in folders):  # a user may remove them
             predictions = torch.cat([load_checkpoint(folder / "last.pt")["predictions"] for folder in folders])
             results = torch.cat([targets[training["fold"]] for training in summary["trainings"]]), predictions, classes
             write_pictures(run_dir, [row for folder in folders for row in rundir.read_metrics(folder)], *results)
