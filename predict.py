@@ -229,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix."""
     machine.keep_freed_memory()
+    machine.multiply_in_fp32()
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

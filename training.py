@@ -41,27 +41,35 @@ from util import dist, report
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
 
-def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str, *, label_smoothing: float = 0.0, ema=None):
+def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str, *, label_smoothing: float = 0.0, ema=None,
+                    recorder=None):
     """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
 
-    batches: of dsets.training_batches; lrs: the learning rate of each step; ema: an `EMA` to update. The results are of the
-    pass itself, each batch before its step. Nothing waits for the device before the end of the epoch.
+    batches: of dsets.training_batches; lrs: the learning rate of each step; ema: an `EMA` to update; recorder: a
+    `machine.Recorder` of the step. The results are of the pass itself, each batch before its step. Nothing waits for the
+    device before the end of the epoch.
     """
+    recorder = recorder or machine.Recorder(enabled=False)
+
+    def step(scale, examples, targets, lam=None, other_targets=None):
+        losses, predictions = forward(model, examples, targets, precision, lam, other_targets, label_smoothing)
+        (losses.mean() * scale).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return losses.detach(), predictions
+
     model.train()
     results = []
     for batch, lr in zip(tqdm(batches, "training", len(lrs), leave=False, disable=dist.rank() > 0 or None, unit=" steps"), lrs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses, predictions = forward(model, batch.examples, batch.targets, precision, batch.lam, batch.other_targets,
-                                      label_smoothing)
+        set_lr(optimizer, lr)
         count = len(batch.positions)
-        # gradients are averaged over ranks: a rank's mean weighs world_size times its part of the batch
-        (losses.mean() * (count * dist.world_size() / batch.size)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # gradients are averaged over ranks: a rank's mean weighs world_size times its part of the batch; for one process 1
+        scale = count * dist.world_size() / batch.size
+        mixed = () if batch.lam is None else (batch.lam, batch.other_targets)
+        losses, predictions = recorder(functools.partial(step, scale), batch.examples, batch.targets, *mixed)
         if ema:
             ema.update()
-        results.append((losses.detach()[:count], predictions[:count], batch.targets[:count], batch.positions))
+        results.append((losses[:count], predictions[:count], batch.targets[:count], batch.positions))
     return gather(results)
 
 
@@ -127,6 +135,22 @@ def lr_at_step(step: int, total_steps: int, lr: float, lr_schedule: str) -> floa
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
+def build_optimizer(model: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the flags; on CUDA one that a `machine.Recorder` can record, its learning rate a tensor."""
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if device.type == "cuda":
+        options |= {"lr": torch.tensor(config.lr, device=device), "capturable": True}
+    return OPTIMIZERS[config.optimizer](model.parameters(), **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)  # in place: a recorded step reads it there
+        else:
+            group["lr"] = lr
+
+
 class EMA:
     """An exponential moving average of a model's weights and batch statistics, in `model`, for evaluation and prediction.
 
@@ -160,6 +184,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
 
     Raises UserError if the loss stops being finite.
     """
+    begin = time.perf_counter()
     training, validation = dataset.split(fold)
     mean_std = dataset.mean_std(training)
     constants = {"model_name": config.model, "classes": dataset.classes, "seed": seed, "fold": fold,
@@ -170,7 +195,8 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     raw_model = raw_model.to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(raw_model, broadcast_buffers=False) if dist.world_size() > 1 else raw_model
     model = machine.compile_model(model) if config.compile else model
-    optimizer = OPTIMIZERS[config.optimizer](raw_model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = build_optimizer(raw_model, config, device)
+    recorder = machine.Recorder(device.type == "cuda" and dist.world_size() == 1)
     examples_per_epoch = len(training) * config.views
     steps = math.ceil(examples_per_epoch / config.batch_size)
     ema = EMA(raw_model, config.ema) if config.ema else None
@@ -180,6 +206,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
         epoch, history, best, predictions = resume(resume_from, constants, raw_model, eval_model, optimizer)
         if ema:
             ema.updates = steps * epoch
+    first_row = len(history)
     resumed = f"; resumed after epoch {epoch}" if epoch else ""
     print(f"\nseed {seed} fold {fold}: {len(training)} training clips x {config.views} views, {len(validation)} validation "
           f"clips, normalized by mean {mean_std[0]:.2f} dB, std {mean_std[1]:.2f} dB{resumed}")
@@ -197,7 +224,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
                for step in range((epoch - 1) * steps, epoch * steps)]
         start = time.perf_counter()
         trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
-                                  ema=ema)
+                                  ema=ema, recorder=recorder)
         middle = time.perf_counter()
         batches = dsets.validation_batches(dataset, validation, mean_std, batch_size=config.batch_size, device=device,
                                            tta_crops=config.tta_crops, **ranks)
@@ -235,6 +262,8 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     confusion = report.write_pictures(folder, history, *results)
     board.add_results(confusion, vars(config) | {"seed": seed, "fold": fold}, history[-1])
     report.write_report(folder, *results)  # the last file of a finished training
+    trained, validated = (sum(row["seconds"] for row in history[first_row + phase::2]) for phase in (0, 1))  # rows take turns
+    print(f"{trained:.1f} s of training, {validated:.1f} s of validation, {time.perf_counter() - begin:.1f} s with all the rest")
 
 
 def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int) -> torch.nn.Module:
@@ -263,7 +292,8 @@ def resume(path: Path, constants: dict, raw_model, eval_model, optimizer) -> tup
         checkpoints.load_weights(eval_model, checkpoint["model"], path)
         if eval_model is not raw_model:
             checkpoints.load_weights(raw_model, checkpoint["raw_model"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # moments alone: the options are those of the flags, and the learning rate on a GPU stays a tensor there
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
         return tuple(checkpoint[name] for name in ("epoch", "history", "best", "predictions"))
     except (KeyError, TypeError, ValueError) as error:
         message = str(error) if isinstance(error, UserError) else f"{path}: is damaged ({reason(error)})"
@@ -318,18 +348,18 @@ def run(argv: list[str], progress: dict) -> None:
     print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}\nmodel  {config.model}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.precision} on {config.device}, processes: "
           f"{dist.world_size()}, threads of each: {torch.get_num_threads()}{note}", flush=True)
-    if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
-
-    for seed, fold in itertools.product(config.seed, config.fold):
-        folder = rundir.training_dir(run_dir, seed, fold)
-        finished = rundir.is_finished(folder, config.epochs)
-        dist.barrier()  # all have looked before one of them writes
-        if not finished:
-            with rundir.lock_training(folder) if dist.rank() == 0 else contextlib.nullcontext():
-                train(folder, dataset, config, seed, fold, device)
-            if dist.rank() == 0:
-                report.write_summary(run_dir, config.epochs)  # the pictures of all load every checkpoint: once, at the end
+    with machine.own_stream(device):
+        if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
+            dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
+        for seed, fold in itertools.product(config.seed, config.fold):
+            folder = rundir.training_dir(run_dir, seed, fold)
+            finished = rundir.is_finished(folder, config.epochs)
+            dist.barrier()  # all have looked before one of them writes
+            if not finished:
+                with rundir.lock_training(folder) if dist.rank() == 0 else contextlib.nullcontext():
+                    train(folder, dataset, config, seed, fold, device)
+                if dist.rank() == 0:
+                    report.write_summary(run_dir, config.epochs)  # the pictures of all load every checkpoint: once, at the end
     if dist.rank() > 0:
         return
     targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}

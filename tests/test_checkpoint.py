@@ -158,7 +158,7 @@ def replace_last(path: Path, kind: str) -> None:
     elif kind == "features":
         torch.save({**checkpoint, "features": {**checkpoint["features"], "top_db": 60.0}}, path)
     elif kind == "optimizer":
-        torch.save({**checkpoint, "optimizer": {**checkpoint["optimizer"], "param_groups": []}}, path)
+        torch.save({**checkpoint, "optimizer": {"param_groups": []}}, path)
     elif kind == "weights":
         torch.save({**checkpoint, "model": {**checkpoint["model"], "fc.bias": torch.zeros(9)}}, path)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, precision_score, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dsets
 import models
@@ -24,6 +26,7 @@ import training
 from conftest import CPU, error_line, PROJECT, results_of, run, Tiny, train_in
 from util import checkpoint as checkpoints
 from util import demo, download, report, rundir
+from util import device as machine
 
 pytestmark = pytest.mark.usefixtures("tiny", "small_pictures")  # cnn8 is tiny here
 
@@ -96,6 +99,74 @@ def test_each_step_has_its_own_learning_rate(dataset):
                                      device=CPU)
     training.train_one_epoch(model, Watched(model.parameters()), batches, [0.3, 0.2, 0.1], "fp32")
     assert rates == [0.3, 0.2, 0.1]
+
+
+class Recording(TorchDispatchMode):
+    """torch.cuda.CUDAGraph and torch.cuda.graph in one, on the CPU: the operations of a capture, run again by `replay`.
+
+    As on a GPU, a capture itself changes nothing: `state()` lists the tensors that are put back after it.
+    """
+
+    def __init__(self, state):
+        super().__init__()
+        self.state, self.operations, self.replays = state, [], 0
+
+    def __enter__(self):
+        self.before = [(tensor, tensor.clone()) for tensor in self.state()]
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, value in self.before:
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, result in self.operations:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recorded_step_gives_the_bits_of_one_that_is_not(dataset, monkeypatch, precision, mixup):
+    """The recording of a GPU is stood in for: what it replays are the same operations on the same tensors."""
+    clips, _ = dataset.split(1)
+    options = {"views": 3, "batch_size": 6, "seed": 1, "fold": 1, "device": CPU, "mixup": mixup}  # 8 batches, the last one short
+    lrs = torch.linspace(1e-3, 2e-3, 16, dtype=torch.float32).tolist()  # numbers that float32 holds
+    clips, results = clips[:15], []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = Tiny(4)
+        optimizer = torch.optim.AdamW(model.parameters(), torch.tensor(1.0), fused=True)  # as build_optimizer's on CUDA
+        ema, recorder, made = training.EMA(model, 0.9), machine.Recorder(recorded), []
+
+        def state():
+            return [*model.state_dict().values(), *(tensor for each in optimizer.state.values() for tensor in each.values())]
+
+        def start():
+            made.append(Recording(state))
+            return made[-1]
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", start)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        passes = []
+        for epoch in (1, 2):
+            batches = dsets.training_batches(dataset, clips, (-40.0, 20.0), epoch=epoch, **options)
+            passes += training.train_one_epoch(model, optimizer, batches, lrs[8 * epoch - 8:8 * epoch], precision,
+                                               label_smoothing=0.1, ema=ema, recorder=recorder)
+        results.append([*passes, *state(), *ema.model.state_dict().values()])
+        # of the 7 and 7 full batches, three warm up
+        assert [graph.replays for graph in made] == ([11] if recorded else [])
+    assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
 def test_an_evaluation_changes_nothing_in_the_model(dataset):

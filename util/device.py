@@ -1,4 +1,5 @@
 """What the machine has and how it is used: device, precision, deterministic algorithms, memory, cores."""
+import contextlib
 import ctypes
 import logging
 import os
@@ -33,11 +34,15 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def make_deterministic() -> None:
     """Only algorithms that give the same bits every time, on the CPU and on CUDA; and fp32 is fp32."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it; read when it starts
+    multiply_in_fp32()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing them
-    torch.backends.cudnn.allow_tf32 = False  # or convolutions in fp32 would multiply 11 bits on GPUs since Ampere
+
+
+def multiply_in_fp32() -> None:
+    """Have GPUs multiply fp32 in full, also in convolutions, where torch takes TF32 since Ampere: 11 bits of 24."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:
@@ -62,6 +67,43 @@ def compile_model(model: torch.nn.Module) -> torch.nn.Module:
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it remarks on CUDA where there is none
     return torch.compile(model, options={"cpp.threads": torch.get_num_threads()})
+
+
+def own_stream(device: torch.device):
+    """A context in which all work for a GPU is queued on one stream, as a recording needs it: the default stream has none."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Recorder:
+    """Calls a function of tensors; where `enabled`, records its kernels once (torch.cuda.CUDAGraph) and then replays them.
+
+    Launching the hundreds of kernels of a small network's step takes longer than running them; a replay launches all at once.
+    Only calls with the shapes of the first one are recorded and replayed: a short last batch runs as it is. What the function
+    changes (weights, the optimizer's state, its learning rate) must be changed in place, and live on the device.
+    """
+
+    WARM_UP = 3  # calls before the recording: libraries choose kernels, the optimizer makes its state, torch.compile compiles
+
+    def __init__(self, enabled: bool):
+        self.enabled, self.calls, self.shapes, self.graph = enabled, 0, None, None
+
+    def __call__(self, function, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """function(*tensors), a tuple of tensors."""
+        if not self.enabled:
+            return function(*tensors)
+        shapes = [tensor.shape for tensor in tensors]
+        self.shapes = self.shapes or shapes
+        self.calls += shapes == self.shapes
+        if shapes != self.shapes or self.calls <= self.WARM_UP:
+            return function(*tensors)
+        if not self.graph:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.outputs = function(*self.inputs)  # runs nothing yet
+        for buffer, tensor in zip(self.inputs, tensors):
+            buffer.copy_(tensor)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)  # the next replay writes over them
 
 
 def busy_note() -> str:
