@@ -255,13 +255,18 @@ class ESC50(torch.utils.data.Dataset):
                             f"{' '.join(map(str, self.folds))}")
         return training, validation
 
+    @functools.cached_property
+    def clip_sums(self) -> torch.Tensor:
+        """The sum and the sum of squares (N, 2) of each clip's feature, float64, from the CPU on any device: the same bits."""
+        features = (self.features[row].cpu().double() for row in self.rows)
+        return torch.stack([torch.stack([feature.sum(), feature.square().sum()]) for feature in features])
+
     def mean_std(self, indices: torch.Tensor) -> tuple[float, float]:
         """Mean and standard deviation (dB) over the features of these clips: give it the training clips."""
         totals = torch.zeros(2, dtype=torch.float64)
-        for index in indices:
-            feature = self.features[self.rows[index]].cpu().double()  # on the CPU also for a GPU: the same bits everywhere
-            totals += torch.stack([feature.sum(), feature.square().sum()])
-        count = len(indices) * feature.numel()
+        for sums in self.clip_sums[indices]:  # one by one: the same bits for the same clips
+            totals += sums
+        count = len(indices) * self.features[0].numel()
         mean = totals[0].item() / count
         std = math.sqrt(max(totals[1].item() / count - mean ** 2, 0.0))
         return mean, std if std > 0 else 1.0  # silence everywhere: nothing to scale

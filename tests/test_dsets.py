@@ -1,4 +1,5 @@
 """Recordings as waveforms, mel-spectrograms, folds and batches."""
+import copy
 import os
 import re
 import shutil
@@ -293,8 +294,16 @@ def test_mean_and_std_are_those_of_the_given_clips(dataset):
     assert normalized.mean().abs() < 1e-3 and abs(normalized.std() - 1) < 1e-3
 
 
-def test_clips_that_are_all_the_same_are_not_scaled(dataset, monkeypatch):
-    monkeypatch.setattr(dataset, "features", torch.full((24, 1, 128, 431), -100.0))
+def with_features(dataset: dsets.ESC50, features) -> dsets.ESC50:
+    """The same clips with other features."""
+    other = copy.copy(dataset)
+    other.__dict__.pop("clip_sums", None)
+    other.features = features
+    return other
+
+
+def test_clips_that_are_all_the_same_are_not_scaled(dataset):
+    dataset = with_features(dataset, torch.full((24, 1, 128, 431), -100.0))
     assert dataset.mean_std(torch.arange(24)) == (-100.0, 1.0)
 
 
@@ -429,12 +438,11 @@ def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(datas
         assert batch.examples.shape == (16, 1, 100, 384) and batch.examples.device.type == batch.targets.device.type == "cuda"
 
 
-def test_mean_and_std_take_features_that_are_on_a_gpu(dataset, monkeypatch):
+def test_mean_and_std_take_features_that_are_on_a_gpu(dataset):
     with FakeTensorMode(allow_non_fake_inputs=True):
         feature = torch.empty(dataset.features.shape[1:], device="cuda")
-    monkeypatch.setattr(dataset, "features", {row: feature for row in range(len(dataset))})
-    monkeypatch.setattr(dataset, "rows", list(range(len(dataset))))
-    dataset.mean_std(dataset.split(1)[0])  # operations on two devices would be refused
+    on_gpu = with_features(dataset, [feature] * len(dataset))
+    on_gpu.mean_std(dataset.split(1)[0])  # operations on two devices would be refused
 
 
 def test_validation_takes_features_that_are_on_a_gpu(dataset, monkeypatch):
