@@ -13,8 +13,7 @@
 All candidates take turns on the same clips, ours in a process that is set up as training.py does it, the others in this
 one, as a user's program would be. Figures are medians, with the least and the greatest beside them, and ratios are
 medians of the ratios of neighboring turns. --data: an ESC-50 folder (default data/demo, which
-`python training.py --demo` writes). With --device cuda, a sixth row: the `blog` recipe's 40 epochs of 8000 examples,
-on random features of ESC-50's size.
+`python training.py --demo` writes). What a GPU makes of the program, benchmarks/cuda.py measures.
 """
 import argparse
 import functools
@@ -80,17 +79,40 @@ def as_training_py() -> None:
     machine.keep_freed_memory()
 
 
-def start_training(name: str, device: torch.device):
-    """A network and its optimizer as the `blog` recipe starts them."""
-    model = models.build_model(name).to(device, memory_format=torch.channels_last)
-    return model, training.OPTIMIZERS[BLOG.optimizer](model.parameters(), BLOG.lr, weight_decay=BLOG.weight_decay, fused=True)
+class Steps:
+    """A network's training, as training.py does it: call it with a number of steps to take the next ones.
+
+    Epoch after epoch: an epoch's draws, made before its first batch, cost as much of the time as in a training.
+    """
+
+    def __init__(self, config: Config, dataset, clips: torch.Tensor, mean_std: tuple[float, float], precision: str,
+                 device: torch.device, recorded: bool = True):
+        torch.manual_seed(0)
+        model = models.build_model(config.model).to(device, memory_format=torch.channels_last)
+        self.optimizer = training.build_optimizer(model, config, device)
+        self.ema = training.EMA(model, config.ema) if config.ema else None
+        self.model = machine.compile_model(model) if config.compile else model
+        self.recorder = machine.Recorder(recorded and device.type == "cuda")
+        self.config, self.precision = config, precision
+        options = {name: getattr(config, name) for name in training.AUGMENTATIONS}
+        self.batches = itertools.chain.from_iterable(
+            dsets.training_batches(dataset, clips, mean_std, batch_size=config.batch_size, seed=1, fold=1, epoch=epoch,
+                                   device=device, **options) for epoch in itertools.count(1))
+
+    def __call__(self, steps: int, watch=lambda batches: batches) -> float:
+        """Seconds of so many steps, until the last one's results are on the CPU; watch: what goes over the batches first."""
+        begin = time.perf_counter()
+        batches, lrs = watch(itertools.islice(self.batches, steps)), steps * [self.config.lr]
+        training.train_one_epoch(self.model, self.optimizer, batches, lrs, self.precision, ema=self.ema, recorder=self.recorder,
+                                 label_smoothing=self.config.label_smoothing)
+        return time.perf_counter() - begin
 
 
-def batches_of(dataset, clips: torch.Tensor, mean_std: tuple[float, float], epoch: int, device: torch.device):
-    """An epoch's batches as the `blog` recipe draws them."""
-    options = {name: getattr(BLOG, name) for name in training.AUGMENTATIONS}
-    return dsets.training_batches(dataset, clips, mean_std, batch_size=BLOG.batch_size, seed=1, fold=1, epoch=epoch,
-                                  device=device, **options)
+def random_dataset(device: torch.device, clips: int):
+    """Random features of so many clips on a device, in place of an `ESC50`."""
+    generator = torch.Generator(device).manual_seed(0)
+    features = torch.randn(clips, 1, PARAMS.n_mels, PARAMS.num_frames, device=device, generator=generator)
+    return SimpleNamespace(features=features, rows=torch.arange(clips), targets=torch.arange(clips) % 50, params=PARAMS)
 
 
 def seconds_of(function) -> float:
@@ -174,16 +196,11 @@ def our_training(root: Path, name: str, device: torch.device, compiled: bool):
     dataset = dsets.ESC50(root)
     clips, _ = dataset.split(dataset.folds[0])
     mean_std = dataset.mean_std(clips)
+    if device.type == "cuda":
+        dataset.features = dataset.features.to(device)
     precision = machine.choose_precision("auto", device)
-    model, optimizer = start_training(name, device)
-    model = machine.compile_model(model) if compiled else model
-
-    def rate(steps: int) -> float:
-        batches = itertools.islice(batches_of(dataset, clips, mean_std, 1, device), steps)
-        begin = time.perf_counter()
-        training.train_one_epoch(model, optimizer, batches, steps * [BLOG.lr], precision)
-        return steps * BLOG.batch_size / (time.perf_counter() - begin)
-    return rate
+    steps_of = Steps(Config(model=name, compile=compiled), dataset, clips, mean_std, precision, device)
+    return lambda steps: steps * BLOG.batch_size / steps_of(steps)
 
 
 def our_rate(steps: int, *arguments) -> float:
@@ -317,32 +334,25 @@ def measure_one_clip(root: Path, count: int = 200) -> dict:
 # --- 5. growth --------------------------------------------------------------------------------------------------------
 
 GROWTH = """
-import itertools, re, sys, time
+import re, sys
 from pathlib import Path
 from types import SimpleNamespace
+sys.path.insert(0, "benchmarks")
 import numpy, torch
-import dsets, models, training
+import speed
 from util import device as machine
-from util.config import Config
 path, steps = sys.argv[1], int(sys.argv[2])
-config, device = Config(), torch.device("cpu")
+device = torch.device("cpu")
 features = torch.from_numpy(numpy.load(path, mmap_mode="c"))
-count = len(features)
-dataset = SimpleNamespace(features=features, rows=torch.arange(count), targets=torch.arange(count) % 50,
-                          params=dsets.FeatureParams())
+clips = torch.arange(len(features))
+dataset = SimpleNamespace(features=features, rows=clips, targets=clips % 50, params=speed.PARAMS)
 machine.keep_freed_memory()
-precision = machine.choose_precision("auto", device)
-model = models.build_model("cnn8").to(memory_format=torch.channels_last)
-optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-for wanted in (5, steps):  # five to warm up
-    batches = dsets.training_batches(dataset, torch.arange(count), (0.0, 1.0), views=config.views,
-                                     batch_size=config.batch_size, seed=1, fold=1, epoch=1, device=device)
-    begin = time.perf_counter()
-    training.train_one_epoch(model, optimizer, itertools.islice(batches, wanted), wanted * [config.lr], precision)
-seconds = time.perf_counter() - begin
+steps_of = speed.Steps(speed.BLOG, dataset, clips, (0.0, 1.0), machine.choose_precision("auto", device), device)
+steps_of(5)  # to warm up
+seconds = steps_of(steps)
 # not getrusage: what it says of a child includes its parent
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-print(steps * config.batch_size / seconds, peak / 1024)
+print(steps * speed.BLOG.batch_size / seconds, peak / 1024)
 """
 
 
@@ -368,30 +378,6 @@ def measure_growth(repeat: int, steps: int, sizes: tuple[int, ...] = (400, 2000,
         return {f"{size} clips": {**turns.row(size), "peak MB": memory[size]} for size in sizes}
 
 
-# --- 6. the whole recipe, on a GPU ------------------------------------------------------------------------------------
-
-def measure_recipe(repeat: int, device: torch.device, epochs: int = BLOG.epochs, clips: int = 1600) -> dict:
-    """Seconds of the `blog` recipe's epochs on random features of ESC-50's training folds, without validation."""
-    generator = torch.Generator(device).manual_seed(0)
-    dataset = SimpleNamespace(
-        features=torch.randn(clips, 1, PARAMS.n_mels, PARAMS.num_frames, device=device, generator=generator),
-        rows=torch.arange(clips), targets=torch.arange(clips) % 50, params=PARAMS)
-    precision = machine.choose_precision("auto", device)
-    as_training_py()
-
-    def recipe(name: str) -> float:
-        model, optimizer = start_training(name, device)
-        steps = -(-clips * BLOG.views // BLOG.batch_size)
-        begin = time.perf_counter()
-        for epoch in range(epochs):
-            batches = batches_of(dataset, torch.arange(clips), (0.0, 1.0), epoch, device)
-            training.train_one_epoch(model, optimizer, batches, steps * [BLOG.lr], precision)
-        return time.perf_counter() - begin
-
-    turns = Turns({name: lambda name=name: recipe(name) for name in models.MODELS}, repeat)
-    return {name: turns.row(name) for name in models.MODELS}
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def print_table(results: dict, indent: str = "") -> None:
@@ -413,7 +399,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="counted turns (default 5)")
     parser.add_argument("--clips", type=int, default=200, help="clips of row 1 (default 200)")
     parser.add_argument("--steps", type=int, default=20, help="training steps a turn in rows 2 and 5 (default 20)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="only these rows (default all)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="only these rows (default all)")
     parser.add_argument("--json", default="speed.json", help="where the figures go (default speed.json)")
     args = parser.parse_args()
     root, device = Path(args.data).resolve(), torch.device(args.device)
@@ -424,8 +410,6 @@ def main() -> None:
                 ("command to first step, s", lambda: measure_first_step(root, args.repeat)),
                 ("one clip to top 5", lambda: own_process.submit(measure_one_clip, root).result()),
                 ("growth, examples/s", lambda: measure_growth(args.repeat, args.steps))]
-        if device.type == "cuda":
-            rows.append(("blog recipe, s", lambda: measure_recipe(args.repeat, device)))
         for number, (name, measure) in enumerate(rows, start=1):
             if number not in args.rows:
                 continue
