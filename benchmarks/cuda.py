@@ -6,20 +6,22 @@ profile   of each network: kernels and launches of a step, the slowest kernels, 
           that no step of an epoch but the first waits for the GPU; gradients beside the CPU's
 bits      of each network and precision, in short trainings: the same command twice, killed and resumed, and without a recorded
           step: the same bits?
-blog      seconds of the `blog` recipe, its command's wall time, peak memory, and `strong` per 10 000 steps
-loops     the same steps eager, compiled, in a user's plain loop and with a DataLoader; share of the matrix-multiply rate
+blog      seconds of the `blog` recipe, its command's wall time, and `strong` per 10 000 steps
+loops     the same steps eager, compiled, in a user's plain loop and with a DataLoader; share of the matrix-multiply rate; memory
 together  1, 2, 4 and 8 commands in one run's folder at once: examples/s in all
-rest      the tests marked cuda; torchrun with one process; predict.py on an hour of sound beside the CPU
+rest      the tests for CUDA; torchrun with one process; predict.py on an hour of sound beside the CPU
 
-Each part is a process with a time limit of its own; where one fails, the next goes on. About eight minutes on an H100.
-Without --data, short noise stands for the 2000 clips: no figure here but a loss depends on them. --device cpu with few --steps
-shows that the script itself runs.
+Each part is a process with a time limit of its own, and keeps what it has when it fails; the next one goes on. About eight
+minutes on an H100. Without --data, noise stands for the 2000 clips (0.9 GB): no figure here but a loss depends on them.
+--device cpu with few --steps shows that the script itself runs.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -48,7 +50,7 @@ from util import rundir
 from util.config import STRONG, Config
 from util.tables import COLUMNS
 
-LIMITS_S = {"profile": 80, "bits": 140, "blog": 150, "loops": 120, "together": 100, "rest": 120}
+LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 60, "rest": 90}
 RECIPES = {"blog": {}, "strong": STRONG}
 EAGER = """
 import sys
@@ -62,14 +64,14 @@ sys.exit(training.main(sys.argv[1:]))
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 def write_noise_root(root: Path, clips_per_class: int) -> None:
-    """Clips of a tenth of a second of noise (padded when they are read): 50 classes in 5 folds, the first ten ESC-10's."""
+    """Clips of 5 s of noise: 50 classes in 5 folds, the first ten ESC-10's."""
     for folder in ("audio", "meta"):
         (root / folder).mkdir(parents=True)
     rows = [(f"{number}-{target}.wav", 1 + number % 5, target, f"noise_{target}", target < 10)
             for target in range(50) for number in range(clips_per_class)]
-    for seed, row in enumerate(rows):
-        samples = (3000 * np.random.default_rng(seed).standard_normal(dsets.SAMPLE_RATE // 10)).astype("<i2")
-        write_wav(root / "audio" / row[0], samples)
+    noise = (3000 * np.random.default_rng(0).standard_normal(dsets.CLIP_SAMPLES)).astype("<i2")
+    for number, row in enumerate(rows):
+        write_wav(root / "audio" / row[0], np.roll(noise, 100 * number))
     pd.DataFrame(rows, columns=COLUMNS).to_csv(root / "meta" / "esc50.csv", index=False)
 
 
@@ -88,6 +90,23 @@ def command(*arguments, program=("training.py",)) -> subprocess.CompletedProcess
     return done
 
 
+class Results:
+    """A part's results, written after each of them: a part that is stopped keeps what it has."""
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, {}
+
+    def attempt(self, name: str, function, *arguments) -> None:
+        """Keep what function(*arguments) returns, or what went wrong, and the seconds it took."""
+        begin = time.perf_counter()
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            result = f"failed: {error!r}"[-700:]
+        self.content[name] = {"result": result, "s": time.perf_counter() - begin}
+        self.path.write_text(json.dumps(self.content))
+
+
 def rows_of(folder: Path, phase: str) -> list[dict]:
     return [row for row in rundir.read_metrics(folder) if row["phase"] == phase]
 
@@ -104,37 +123,40 @@ def steps_of(args, recipe: dict, precision: str, recorded: bool = True) -> speed
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
-def profile(args) -> dict:
-    results = {}
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == "cuda")
-    for name, recipe in itertools.product(models.MODELS, ("blog", "strong")):
-        take = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16", recorded=False)
-        take(3)
-        with torch.profiler.profile(activities=kinds, record_shapes=True) as profiled:
-            seconds = take(args.steps)
-        kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        launches = [event for event in profiled.events() if re.match("cu(da)?Launch|cudaMemcpy|cudaMemset", event.name)]
-        by_name = {}
-        for event in kernels:
-            by_name[event.name[:90]] = by_name.get(event.name[:90], 0) + event.device_time_total / args.steps
-        stems = [event.device_time_total / event.count for event in profiled.key_averages(group_by_input_shape=True)
-                 if event.key == "aten::convolution_backward" and event.input_shapes[1][1] == 1]
-        results[f"{name} {recipe}"] = {
-            "kernels a step": len(kernels) / args.steps, "launches a step": len(launches) / args.steps,
-            "kernels' ms a step": sum(by_name.values()) / 1000, "eager ms a step": 1000 * seconds / args.steps,
-            "first convolution backward, ms": sum(stems) / 1000,
-            "slowest kernels, us a step": dict(sorted(by_name.items(), key=lambda item: -item[1])[:8])}
-        if args.device == "cuda":
-            results[f"{name} {recipe}"]["an epoch without a wait"] = runs_without_a_wait(args, name, recipe)
+def profile(args, results: Results) -> None:
     for name in models.MODELS:
-        results[f"{name} gradients beside the CPU's, relative"] = gradient_difference(args, name)
-    return results
+        results.attempt(f"{name}: gradients beside the CPU's, largest relative difference", gradient_difference, args, name)
+    for name, recipe in itertools.product(models.MODELS, RECIPES):
+        results.attempt(f"{name} {recipe}", profile_steps, args, name, recipe)
+        if args.device == "cuda":
+            results.attempt(f"{name} {recipe}: an epoch waits nowhere", waits_nowhere, args, name, recipe)
 
 
-def runs_without_a_wait(args, name: str, recipe: str):
-    """True, or what waited: an epoch of recorded steps, and the augmentation between them, after the first batch."""
-    take = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16")
-    take(4)
+def profile_steps(args, name: str, recipe: str) -> dict:
+    steps = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16", recorded=False)
+    steps(3)
+    seconds = steps(args.steps)
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == "cuda")
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profiled:
+        steps(args.steps)
+    kernels = [event for event in profiled.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+    launches = [event for event in profiled.events() if re.match("cu(da)?Launch|cudaMemcpy|cudaMemset", event.name)]
+    times = {}
+    for event in kernels:
+        times[event.name[:90]] = times.get(event.name[:90], 0) + event.device_time_total / args.steps
+    stems = [event.device_time_total / event.count for event in profiled.key_averages(group_by_input_shape=True)
+             if event.key == "aten::convolution_backward" and event.input_shapes[1][1] == 1]
+    return {"kernels a step": len(kernels) / args.steps, "launches a step": len(launches) / args.steps,
+            "kernels' ms a step": sum(times.values()) / 1000, "eager ms a step": 1000 * seconds / args.steps,
+            "first convolution backward, ms": sum(stems) / 1000,
+            "slowest kernels, us a step": dict(sorted(times.items(), key=lambda item: -item[1])[:8])}
+
+
+def waits_nowhere(args, name: str, recipe: str) -> bool:
+    """An epoch of recorded steps, and the augmentation between them, after the first batch; fails at what waits."""
+    steps = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16")
+    steps(4)
 
     def watch(batches):
         yield next(batches)
@@ -142,11 +164,10 @@ def runs_without_a_wait(args, name: str, recipe: str):
         yield from batches
         torch.cuda.set_sync_debug_mode("default")
     try:
-        take(100, watch)
-        return True
-    except RuntimeError as error:
+        steps(100, watch)
+    finally:
         torch.cuda.set_sync_debug_mode("default")
-        return str(error)[:300]
+    return True
 
 
 def gradient_difference(args, name: str) -> float:
@@ -162,34 +183,32 @@ def gradient_difference(args, name: str) -> float:
     return max(((one - other).norm() / one.norm()).item() for one, other in zip(*gradients))
 
 
-def bits(args) -> dict:
-    cases = list(itertools.product(models.MODELS, ("blog", "strong"), ("fp32", "bf16")))
-    if args.device == "cpu":
-        cases = cases[:1]
-
-    def case(name: str, recipe: str, precision: str) -> dict:
-        flags = ["--data", args.data, "--esc10", "--device", args.device, "--model", name, "--recipe", recipe,
-                 "--precision", precision, "--epochs", 2, "--views", 5 if args.device == "cuda" else 1]
-        dirs = {kind: args.out / "bits" / f"{name}-{recipe}-{precision}-{kind}" for kind in ("first", "again", "killed", "eager")}
-        for kind in ("first", "again"):
-            command(*flags, "--run-dir", dirs[kind])
-        command(*flags, "--run-dir", dirs["eager"], program=("-c", EAGER))
-        words = [sys.executable, "training.py", *map(str, flags), "--run-dir", str(dirs["killed"])]
-        with subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            next((line for line in process.stdout if line.lstrip().startswith("1/")), None)
-            process.send_signal(signal.SIGKILL)
-        command("--resume", dirs["killed"])
-        first = result_of(dirs["first"])
-        return {kind: result_of(folder) == first for kind, folder in dirs.items() if kind != "first"}
-
-    results = {}
+def bits(args, results: Results) -> None:
+    cases = [(name, recipe, precision, ()) for name, (recipe, precision) in itertools.product(
+        models.MODELS, [("blog", "fp32"), ("strong", "bf16"), ("strong", "fp32")])]
+    cases.append(("cnn8", "strong", "bf16", ("--compile",)))
     with ThreadPoolExecutor(6 if args.device == "cuda" else 1) as pool:
-        for each, future in [(each, pool.submit(case, *each)) for each in cases]:
-            try:
-                results[" ".join(each)] = future.result()
-            except Exception as error:
-                results[" ".join(each)] = str(error)[-600:]
-    return results
+        for case in cases if args.device == "cuda" else cases[:1]:
+            pool.submit(results.attempt, " ".join([*case[:3], *case[3]]), same_bits, args, *case)
+
+
+def same_bits(args, name: str, recipe: str, precision: str, more: tuple) -> dict:
+    flags = ["--data", args.data, "--esc10", "--device", args.device, "--model", name, "--recipe", recipe, *more,
+             "--precision", precision, "--epochs", 2, "--views", 5 if args.device == "cuda" else 1]
+    base = args.out / "bits" / "-".join([name, recipe, precision, *more])
+    dirs = {kind: base / kind for kind in ("first", "again", "killed", "eager")}
+    for kind in ("first", "again"):
+        command(*flags, "--run-dir", dirs[kind])
+    command(*flags, "--run-dir", dirs["eager"], program=("-c", EAGER))
+    words = [sys.executable, "training.py", *map(str, flags), "--run-dir", str(dirs["killed"])]
+    with subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        next((line for line in process.stdout if line.lstrip().startswith("1/")), None)
+        process.send_signal(signal.SIGKILL)
+    command("--resume", dirs["killed"])
+    first = result_of(dirs["first"])
+    same = {kind: result_of(folder) == first for kind, folder in dirs.items() if kind != "first"}
+    shutil.rmtree(base)  # checkpoints of cnn4 are large
+    return same
 
 
 def result_of(run_dir: Path) -> tuple:
@@ -201,55 +220,66 @@ def result_of(run_dir: Path) -> tuple:
     return rows, [each.numpy().tobytes() if isinstance(each, torch.Tensor) else each for each in tensors]
 
 
-def blog(args) -> dict:
-    """The command as people run it, on 1600 training clips: 40 epochs of 8000 examples; of `strong`, 8."""
-    results = {}
+def blog(args, results: Results) -> None:
+    """The command as people run it, on 1600 training clips: epochs of 8000 examples."""
     for (recipe, epochs), name in itertools.product([("blog", 40), ("strong", 8)], models.MODELS):
-        run_dir = args.out / "blog" / f"{name}-{recipe}"
-        begin = time.perf_counter()
-        output = command("--data", args.noise, "--device", args.device, "--model", name, "--recipe", recipe, "--run-dir", run_dir,
-                         "--epochs", epochs if args.device == "cuda" else 1).stdout
-        wall = time.perf_counter() - begin
-        folder = run_dir / "seed-42" / "fold-1"
-        rows, validated = rows_of(folder, "training"), rows_of(folder, "validation")
-        examples = 5 * len(rows) * (1600 if args.device == "cuda" else 50)
-        spent, later = sum(row["seconds"] for row in rows), [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
-        results[f"{name} {recipe}"] = {
-            "training s": spent, "epochs": len(rows), "training s per 10 000 steps": spent / examples * 320_000,
-            "first epoch s": rows[0]["seconds"], "median later epoch s": statistics.median(later),
-            "validation s": sum(row["seconds"] for row in validated), "command s": wall,
+        results.attempt(f"{name} {recipe}", run_command, args, name, recipe, epochs if args.device == "cuda" else 1)
+
+
+def run_command(args, name: str, recipe: str, epochs: int) -> dict:
+    run_dir = args.out / "blog" / f"{name}-{recipe}"
+    begin = time.perf_counter()
+    output = command("--data", args.noise, "--device", args.device, "--model", name, "--recipe", recipe, "--run-dir", run_dir,
+                     "--epochs", epochs).stdout
+    wall = time.perf_counter() - begin
+    folder = run_dir / "seed-42" / "fold-1"
+    seconds = [row["seconds"] for row in rows_of(folder, "training")]
+    steps = -(-5 * (1600 if args.device == "cuda" else 50) // 32)  # an epoch
+    return {"epochs": epochs, "training s": sum(seconds), "training s per 10 000 steps": 10_000 * sum(seconds) / epochs / steps,
+            "first epoch s": seconds[0], "median later epoch s": statistics.median(seconds[1:] or seconds),
+            "validation s": sum(row["seconds"] for row in rows_of(folder, "validation")), "command s": wall,
             "its own words": next((line for line in output.splitlines() if "s of training" in line), ""),
-            "MB of last.pt, best.pt": [(folder / file).stat().st_size / 1e6 for file in ("last.pt", "best.pt")]}
-    return results
+            "MB of last.pt and best.pt": [(folder / file).stat().st_size / 1e6 for file in ("last.pt", "best.pt")]}
 
 
-def loops(args) -> dict:
+def loops(args, results: Results) -> None:
     precision = machine.choose_precision("auto", torch.device(args.device))
-    results = {"precision": precision, "matmul FLOP/s": matmul_rate(torch.device(args.device), precision)}
-    steps = 500 if args.device == "cuda" else args.steps
+    results.attempt(f"matmul FLOP/s, {precision}", matmul_rate, torch.device(args.device), precision)
+    rate = results.content[f"matmul FLOP/s, {precision}"]["result"]
     for name in models.MODELS:
-        with FlopCounterMode(display=False) as flops:
-            F.cross_entropy(models.build_model(name)(torch.zeros(1, *dsets.FeatureParams().input_shape)),
-                            torch.zeros(1, dtype=torch.long)).backward()
-        row = results[name] = {}
         for kind, recorded, compiled in (("recorded", True, False), ("eager", False, False), ("recorded, --compile", True, True)):
-            try:
-                take = steps_of(args, {"model": name, "compile": compiled}, precision, recorded)
-                take(8)
-                if args.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds = take(steps)
-                row[f"{kind}: s per 10 000 steps, from {steps}"] = 10_000 * seconds / steps
-                if args.device == "cuda":
-                    row[f"{kind}: peak MB"] = torch.cuda.max_memory_allocated() / 1e6
-                if kind == "recorded":
-                    row["share of the matmul rate"] = 32 * flops.get_total_flops() * steps / seconds / results["matmul FLOP/s"]
-            except Exception as error:
-                row[kind] = repr(error)[:400]
-        row[f"plain loop: s per 10 000 steps, from {steps}"] = 10_000 * plain_loop(args, name, steps) / steps
-        with_loader = min(steps, 100)
-        row[f"DataLoader: s per 10 000 steps, from {with_loader}"] = 10_000 * loader_loop(args, name, with_loader) / with_loader
-    return results
+            if name == "cnn8" or not compiled:
+                results.attempt(f"{name} {kind}", time_steps, args, name, precision, recorded, compiled, rate)
+        with as_users_programs():
+            results.attempt(f"{name} plain loop", plain_loop, args, name)
+            results.attempt(f"{name} DataLoader", loader_loop, args, name)
+
+
+def time_steps(args, name: str, precision: str, recorded: bool, compiled: bool, matmul: float) -> dict:
+    with FlopCounterMode(display=False) as flops:
+        F.cross_entropy(models.build_model(name)(torch.zeros(1, *dsets.FeatureParams().input_shape)),
+                        torch.zeros(1, dtype=torch.long)).backward()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    count = 500 if args.device == "cuda" else args.steps
+    steps = steps_of(args, {"model": name, "compile": compiled}, precision, recorded)
+    steps(8)
+    seconds = steps(count)
+    result = {"s per 10 000 steps": 10_000 * seconds / count, "steps": count,
+              "share of the matmul rate": 32 * flops.get_total_flops() * count / seconds / matmul}
+    if args.device == "cuda":
+        result["peak MB, features among them"] = torch.cuda.max_memory_reserved() / 1e6
+    return result
+
+
+@contextlib.contextmanager
+def as_users_programs():
+    """torch as it is where nobody asks for the same bits."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    speed.as_training_py()
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
@@ -266,8 +296,9 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     return statistics.median(rates)
 
 
-def plain_loop(args, name: str, steps: int) -> float:
-    """Seconds of what a user would write with features on the device: crops and masks item by item, fp32, no recording."""
+def plain_loop(args, name: str) -> dict:
+    """What a user would write with features on the device: crops and masks item by item, fp32, no recording."""
+    steps = 300 if args.device == "cuda" else args.steps
     dataset, device = random_dataset(args), torch.device(args.device)
     model = models.build_model(name).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3)
@@ -292,17 +323,18 @@ def plain_loop(args, name: str, steps: int) -> float:
         return loss.item()
     for _ in range(3):
         step()
-    return speed.seconds_of(lambda: [step() for _ in range(steps)])
+    return {"s per 10 000 steps": 10_000 / steps * speed.seconds_of(lambda: [step() for _ in range(steps)]), "steps": steps}
 
 
-def loader_loop(args, name: str, steps: int) -> float:
+def loader_loop(args, name: str) -> dict:
     """The same with a DataLoader whose workers decode, transform, crop and mask (speed.py's plain loop)."""
+    steps = 100 if args.device == "cuda" else 1
     dataset, device = dsets.ESC50(args.noise), torch.device(args.device)
     model = models.build_model(name).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-4, weight_decay=1e-3)
     clips, _ = dataset.split(1)
     batches = iter(torch.utils.data.DataLoader(speed.PlainDataset(dataset, clips, 5), 32, shuffle=True, drop_last=True,
-                                               num_workers=os.cpu_count()))
+                                               num_workers=min(8, os.cpu_count()), prefetch_factor=1))
 
     def step():
         examples, targets = next(batches)
@@ -312,65 +344,51 @@ def loader_loop(args, name: str, steps: int) -> float:
         optimizer.step()
         return loss.item()
     step()
-    return speed.seconds_of(lambda: [step() for _ in range(steps)])
+    return {"s per 10 000 steps": 10_000 / steps * speed.seconds_of(lambda: [step() for _ in range(steps)]), "steps": steps}
 
 
-def together(args) -> dict:
-    results = {}
-    epochs = 12 if args.device == "cuda" else 1
+def together(args, results: Results) -> None:
     for count in (1, 2, 4, 8) if args.device == "cuda" else (1, 2):
-        run_dir = args.out / "together" / str(count)
-
-        def train(seed: int) -> None:
-            command("--data", args.noise, "--device", args.device, "--run-dir", run_dir, "--epochs", epochs, "--seed", seed)
-        with ThreadPoolExecutor(count) as pool:
-            wall = speed.seconds_of(lambda: list(pool.map(train, range(count))))
-        rows = [rows_of(folder, "training")[epochs // 2:] for folder in run_dir.glob("seed-*/fold-*")]
-        examples = 8000 if args.device == "cuda" else 250
-        results[f"{count} commands"] = {
-            "wall s": wall, "examples/s of all, start included": count * epochs * examples / wall,
-            "examples/s of all, later half of the epochs": sum(
-                examples / statistics.median(row["seconds"] for row in each) for each in rows)}
-    run_dir = args.out / "together" / "in one"
-    seconds = speed.seconds_of(lambda: command("--data", args.noise, "--device", args.device, "--run-dir", run_dir, "--epochs",
-                                               epochs, "--seed", *range(4 if args.device == "cuda" else 2)))
-    results["4 seeds in one command, wall s"] = seconds
-    return results
+        results.attempt(f"{count} commands", run_together, args, count)
+    seeds = range(4 if args.device == "cuda" else 2)
+    results.attempt(f"{len(seeds)} seeds in one command", lambda: command(
+        "--data", args.noise, "--device", args.device, "--run-dir", args.out / "together" / "in one", "--epochs",
+        10 if args.device == "cuda" else 1, "--seed", *seeds) and "done")
 
 
-def rest(args) -> dict:
-    results = {}
+def run_together(args, count: int) -> dict:
+    epochs, examples = (10, 8000) if args.device == "cuda" else (1, 250)
+    run_dir = args.out / "together" / str(count)
 
-    def attempt(name: str, function) -> None:
-        begin = time.perf_counter()
-        try:
-            outcome = function()
-        except Exception as error:
-            outcome = str(error)[-600:]
-        results[name] = {"result": outcome, "s": time.perf_counter() - begin}
+    def train(seed: int) -> None:
+        command("--data", args.noise, "--device", args.device, "--run-dir", run_dir, "--epochs", epochs, "--seed", seed)
+    with ThreadPoolExecutor(count) as pool:
+        wall = speed.seconds_of(lambda: list(pool.map(train, range(count))))
+    later = [[row["seconds"] for row in rows_of(folder, "training")[epochs // 2:]] for folder in run_dir.glob("seed-*/fold-*")]
+    return {"wall s": wall, "examples/s of all, start included": count * epochs * examples / wall,
+            "examples/s of all, later half of the epochs": sum(examples / statistics.median(seconds) for seconds in later)}
 
-    attempt("tests marked cuda", lambda: command("-q", "-m", "cuda", "-p", "no:cacheprovider",
-                                                 program=("-m", "pytest")).stdout.splitlines()[-1])
+
+def rest(args, results: Results) -> None:
+    results.attempt("tests for CUDA", lambda: command("-q", "tests/test_cuda.py", "-p", "no:cacheprovider",
+                                                      program=("-m", "pytest")).stdout.splitlines()[-1])
     flags = ["--data", args.data, "--esc10", "--device", args.device, "--epochs", 1, "--precision", "fp32", "--views", 1]
-    attempt("torchrun with one process", lambda: command(
+    results.attempt("torchrun with one process", lambda: command(
         "--standalone", "--nproc-per-node=1", "training.py", *flags, "--run-dir", args.out / "torchrun",
         program=("-m", "torch.distributed.run")) and "done")
-    attempt("a run to predict with", lambda: command(*flags, "--run-dir", args.out / "predict") and "done")
+    results.attempt("a run to predict with", lambda: command(*flags, "--run-dir", args.out / "predict") and "done")
     seconds = 3600 if args.device == "cuda" else 20
-    write_wav(args.out / "hour.wav", (3000 * np.random.default_rng(0).standard_normal(seconds * dsets.SAMPLE_RATE)).astype("<i2"))
-    said = {}
-    for device in dict.fromkeys(["cpu", args.device]):
+    write_wav(args.out / "long.wav", (3000 * np.random.default_rng(0).standard_normal(seconds * dsets.SAMPLE_RATE)).astype("<i2"))
+    said = []
+    for device in ("cpu", args.device):
         def predict():
-            said[device] = json.loads(command(args.out / "predict", args.out / "hour.wav", "--device", device, "--format", "json",
-                                              "--top", 50, program=("predict.py",)).stdout)[0]["windows"]
-            return f"{len(said[device])} windows"
-        attempt(f"predict.py --device {device} on {seconds} s", predict)
-    if len(said) == 2:
-        probabilities = [{(window["start_s"], guess["class"]): guess["probability"]
-                          for window in windows for guess in window["top"]} for windows in said.values()]
-        results["largest difference of a probability"] = max(abs(value - probabilities[1][key])
-                                                             for key, value in probabilities[0].items())
-    return results
+            output = command(args.out / "predict", args.out / "long.wav", "--device", device, "--format", "json", "--top", 50,
+                             program=("predict.py",)).stdout
+            said.append({(window["start_s"], guess["class"]): guess["probability"]
+                         for window in json.loads(output)[0]["windows"] for guess in window["top"]})
+        results.attempt(f"predict.py --device {device} on {seconds} s", predict)
+    results.attempt("largest difference of a probability",
+                    lambda: max(abs(value - said[1][key]) for key, value in said[0].items()))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -393,35 +411,36 @@ def main() -> None:
     if args.part:
         speed.as_training_py()
         with machine.own_stream(torch.device(args.device)):
-            print(json.dumps(PARTS[args.part](args)))
+            PARTS[args.part](args, Results(args.out / f"{args.part}.json"))
         return
 
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     write_noise_root(args.noise, 40 if args.device == "cuda" else 2)
     results = {"environment": rundir.environment(world_size=1) | {"torch": torch.__version__, "cuda": torch.version.cuda}}
     for part in args.parts:
         words = [sys.executable, __file__, "--part", part, "--device", args.device, "--out", args.out, "--steps", args.steps,
                  "--data", args.data]
-        begin = time.perf_counter()
+        begin, output = time.perf_counter(), open(args.out / f"{part}.log", "wb")
         # a session of its own: a part that runs too long ends with all its processes
-        with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=open(args.out / f"{part}.err", "wb"),
-                              start_new_session=True) as process:
+        with output, subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, start_new_session=True,
+                                      env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}) as process:
             try:
-                output, _ = process.communicate(timeout=LIMITS_S[part] if args.device == "cuda" else 600)
-                results[part] = json.loads(output.splitlines()[-1])
-            except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-                results[part] = {"failed": repr(error)[:200], "stderr": (args.out / f"{part}.err").read_text()[-1500:]}
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-        results[f"{part}, s"] = time.perf_counter() - begin
+                status = process.wait(timeout=LIMITS_S[part] if args.device == "cuda" else 600)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                status = "stopped at its time limit"
+        kept = args.out / f"{part}.json"
+        results[part] = {"status": status, "s": time.perf_counter() - begin}
+        results[part] |= json.loads(kept.read_text()) if kept.exists() else {}
         (args.out / "cuda.json").write_text(json.dumps(results, indent=2) + "\n")
         (args.out / "cuda.txt").write_text("\n".join(page(results)) + "\n")
-        print("\n".join(page({part: results[part], f"{part}, s": results[f"{part}, s"]})), flush=True)
+        print("\n".join(page({part: results[part]})), flush=True)
 
 
 def page(results: dict, indent: str = "") -> list[str]:
     lines = []
     for name, value in results.items():
+        value = value["result"] if isinstance(value, dict) and "result" in value else value
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *page(value, indent + "  ")]
         else:

@@ -31,7 +31,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import librosa
 import numpy as np
 import soundfile
 import torch
@@ -141,6 +140,8 @@ def torchaudio_transforms():
 def measure_features(own_process, root: Path, repeat: int, clips: int) -> dict:
     paths = [root / "audio" / name for name in read_esc50(root).head(clips)["filename"]]
     transforms = torchaudio_transforms()
+
+    import librosa  # here: benchmarks/cuda.py does without
 
     def by_torchaudio():
         for path in paths:

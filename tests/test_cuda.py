@@ -7,6 +7,7 @@ import torch
 
 import models
 import predict
+import training
 from conftest import results_of, run, train_in
 from util import device as machine
 
@@ -25,14 +26,28 @@ def small(small_pictures):
 def test_a_training_repeats_resumes_and_needs_no_recording_to_the_last_bit(pristine_root, tmp_path, monkeypatch, name, precision,
                                                                            recipe):
     flags = ["--recipe", recipe, "--device", "cuda", "--model", name, "--precision", precision, "--fold", 1, 2]
-    first = train_in(tmp_path / "first", pristine_root, *flags)
-    resumed = shutil.copytree(first, tmp_path / "resumed")
-    shutil.rmtree(resumed / "seed-42" / "fold-2")
-    run("--resume", resumed)
-    assert results_of(resumed) == results_of(first)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    first = results_of(train_in(tmp_path / "first", pristine_root, *flags))
+    assert len(replays) == 2 * (2 * 4 - 3)  # 16 examples of two epochs in batches of 4, three of which warm up
+
+    evaluations, evaluate = [], training.evaluate
+
+    def stops(*arguments):
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            raise RuntimeError("stopped in epoch 2")
+        return evaluate(*arguments)
+    monkeypatch.setattr(training, "evaluate", stops)
+    with pytest.raises(RuntimeError, match="stopped in epoch 2"):
+        train_in(tmp_path / "resumed", pristine_root, *flags)
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    run("--resume", tmp_path / "resumed")
+    assert results_of(tmp_path / "resumed") == first
+
     monkeypatch.setattr(machine.Recorder, "WARM_UP", 10 ** 9)
-    eager = train_in(tmp_path / "eager", pristine_root, *flags)
-    assert results_of(eager) == results_of(first)
+    assert results_of(train_in(tmp_path / "eager", pristine_root, *flags)) == first
+    shutil.rmtree(tmp_path)  # checkpoints of cnn4 are large
 
 
 def test_a_gpu_predicts_what_the_cpu_does(pristine_root, tmp_path, capsys):
