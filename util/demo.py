@@ -1,9 +1,9 @@
 """A small synthetic data set, laid out like ESC-50 (training.py --demo)."""
+import wave
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util.cache import in_threads
@@ -34,12 +34,20 @@ def write_demo(root: Path) -> None:
     def write_clip(index: int) -> None:
         clip = demo_clip(clips[index][0], np.random.default_rng(clips[index]))
         write_atomically(root / "audio" / rows[index]["filename"],
-                         lambda part: soundfile.write(part, clip, SAMPLE_RATE, subtype="PCM_16", format="WAV"))
+                         lambda part: write_wav(part, clip))
 
     for folder in ("audio", "meta"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     in_threads(write_clip, range(len(rows)), f"demo clips into {root}")
     write_atomically(path, lambda part: part.write_bytes(text.encode()))  # last: it makes a data folder of it
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    """Write samples (n,) in [-1, 1] as 16-bit WAV at 44 100 Hz."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        wide = np.rint(np.multiply(samples, 2.0 ** 31)).astype(np.int32)  # 32 bits first: rounded as libsndfile does
+        file.writeframes((wide >> 16).astype("<i2").tobytes())
 
 
 def band_noise(samples: int, low: float, high: float, rng: np.random.Generator) -> np.ndarray:
