@@ -9,37 +9,37 @@
 
 Every random draw comes from a generator made by `generator_for(seed, fold, epoch, purpose)`.
 """
+import collections
 import contextlib
 import functools
 import hashlib
 import json
 import math
-import re
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
 
-from util import cache, tables
+from util import audio, cache, tables
 from util.config import Config
-from util.errors import UserError, check_regular_file
+from util.errors import UserError
 
 SAMPLE_RATE = 44_100  # Hz, ESC-50's
 CLIP_SAMPLES = 5 * SAMPLE_RATE  # 220 500: ESC-50's clips have 5 s
 
-# What is accepted of a recording's header.
-RATE_LIMITS = (1_000, 768_000)  # Hz; from below telephone speech to the fastest audio converters
-MAX_CHANNELS = 64  # the largest microphone arrays on sale
-STREAMED = (0xFFFFFFFF, 0x7FFFF000)  # data lengths of WAV files written to a pipe, by ffmpeg and by SoX
 MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
+SILENCE = 2.0 ** -16  # half a step of 16 bits
+CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of unlike channels has 1/64 or more
+INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
+SOUND_NOTES = {  # what a network cannot judge, said of one recording and of several
+    "is silent": "are silent",
+    "has channels that cancel each other, their mean is silent": "have channels that cancel each other, their mean is silent",
+    "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers"}
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
 FILTER_AUGMENT_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
@@ -92,71 +92,76 @@ class FeatureParams:
 
 # --- recording -> waveform --------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def open_audio(path: str | Path):
-    """The soundfile.SoundFile of a recording, or of standard input for "-".
+def mono_blocks(recording: audio.Recording, notes: list[str]):
+    """A recording in blocks (samples,) float32 at 44 100 Hz: channels averaged, resampled (soxr, high quality).
 
-    Raises UserError if it is no regular file, cannot be decoded (also while it is read), is shorter than its header says, or
-    has an absurd sample rate or number of channels.
+    At the end, `notes` gets what is odd about the file (util/audio.py) and about its sound (SOUND_NOTES).
+    Raises UserError for a sample that is not a finite number.
     """
-    with contextlib.ExitStack() as stack:
-        if path == "-" and sys.stdin:
-            source = stack.enter_context(tempfile.TemporaryFile())  # a header is read with seeks, which a pipe does not have
-            shutil.copyfileobj(sys.stdin.buffer, source)
-            source.seek(0)
-        else:
-            check_regular_file(path)
-            source = Path(path)
-        try:
-            file = stack.enter_context(soundfile.SoundFile(source))
-            if not RATE_LIMITS[0] <= file.samplerate <= RATE_LIMITS[1] or file.channels > MAX_CHANNELS:
-                raise UserError(f"{path}: has {file.samplerate} Hz and {file.channels} channels, expected {RATE_LIMITS[0]} to "
-                                f"{RATE_LIMITS[1]} Hz and at most {MAX_CHANNELS} channels")
-            # libsndfile reads what is there and reports a short file in its log only
-            short = re.search(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-            if short and int(short[1]) not in STREAMED:
-                raise UserError(f"{path}: is cut short: {short[2]} of {short[1]} bytes of sound are there; copy it again")
-            yield file
-        except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
-            # TypeError: headerless, by the file's extension; UnicodeError: a name that is not UTF-8
-            raise UserError(f"{path}: cannot be decoded as audio ({error})") from error
+    rate, resampler, nothing = SAMPLE_RATE, None, np.zeros(0, np.float32)
+    loudest, power, mono_power = 0.0, 0.0, 0.0
+    try:
+        for samples in recording.blocks():  # (frames, channels)
+            peak = np.maximum(samples.max(), -samples.min())  # NaN if a sample is
+            if not peak <= MAX_AMPLITUDE:
+                raise UserError(f"{recording.path}: holds samples as large as {peak:.3g}, or not a number; expected about 1 at "
+                                f"most")
+            loudest = max(loudest, peak)
+            mono = samples[:, 0]
+            if samples.shape[1] > 1:
+                mono = samples.mean(axis=1)  # (frames, channels) -> (frames,)
+                power += np.square(samples).mean(axis=1).sum()
+                mono_power += np.square(mono).sum()
+            if recording.rate != rate:  # joined files may change it
+                if resampler:
+                    yield resampler.resample_chunk(nothing, last=True)
+                rate = recording.rate
+                resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
+            yield resampler.resample_chunk(mono) if resampler else mono
+        if resampler:
+            yield resampler.resample_chunk(nothing, last=True)
+    finally:  # also where no more is asked for
+        odd = (loudest < SILENCE, loudest >= SILENCE and mono_power < CANCELED * power, loudest > INTEGERS)
+        notes += recording.notes + [note for note, holds in zip(SOUND_NOTES, odd) if holds]
 
 
-def windows(path: str | Path, hop: int = CLIP_SAMPLES):
+def windows(path: str | Path, hop: int = CLIP_SAMPLES, notes: list[str] | None = None):
     """Windows of a recording: first sample, samples in it and waveform (1, 220500) float32, read as they are asked for.
 
-    A window begins every `hop` samples at 44 100 Hz until one reaches the end; that one is padded with zeros. Channels are
-    averaged, other sample rates resampled (soxr, high quality). "-" is standard input.
+    A window begins every `hop` samples at 44 100 Hz until one reaches the end; that one is padded with zeros. "-" is standard
+    input, read as it comes. `notes` gets the notes of `mono_blocks`, before the last window.
     Raises UserError if the recording cannot be decoded, is empty, or holds a sample that is not a finite number.
     """
-    start, pending, done = 0, np.zeros(0, np.float32), False  # pending: the samples from `start` on that have been read
-    with open_audio(path) as file:
-        resampler = None
-        if file.samplerate != SAMPLE_RATE:
-            resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
-        while not done:
-            samples = file.read(CLIP_SAMPLES, dtype="float32", always_2d=True)  # (frames, channels)
-            done = len(samples) == 0
-            peak = np.maximum(samples.max(initial=0), -samples.min(initial=0))  # NaN if a sample is
-            if not peak <= MAX_AMPLITUDE:
-                raise UserError(f"{path}: holds samples as large as {peak:.3g}, or not a number; expected about 1 at most")
-            mono = samples.mean(axis=1) if file.channels > 1 else samples[:, 0]  # (frames, channels) -> (frames,)
-            if resampler:
-                mono = resampler.resample_chunk(np.ascontiguousarray(mono), last=done)
-            pending = np.concatenate([pending, mono])
-            while len(pending) > CLIP_SAMPLES:  # a window that ends where the recording does is the last: it waits
+    start, parts, length = 0, [], 0  # the samples from `start` on that have been read, in parts, and how many they are
+    with audio.open_recording(path) as recording:
+        for mono in mono_blocks(recording, [] if notes is None else notes):
+            parts.append(mono)
+            length += len(mono)
+            while length > CLIP_SAMPLES:  # a window that ends where the recording does is the last: it waits
+                pending = np.concatenate(parts)
                 yield start, CLIP_SAMPLES, torch.from_numpy(pending[:CLIP_SAMPLES].copy())[None]  # (220500,) -> (1, 220500)
-                start, pending = start + hop, pending[hop:]
-    if len(pending) == 0:
+                start, parts, length = start + hop, [pending[hop:]], length - hop
+    if length == 0:
         raise UserError(f"{path}: holds no samples, or too few to resample")
-    padded = np.pad(pending, (0, CLIP_SAMPLES - len(pending)))
-    yield start, len(pending), torch.from_numpy(padded)[None]  # (220500,) -> (1, 220500)
+    padded = np.zeros(CLIP_SAMPLES, np.float32)
+    np.concatenate(parts, out=padded[:length])
+    yield start, length, torch.from_numpy(padded)[None]  # (220500,) -> (1, 220500)
 
 
-def load_waveform(path: str | Path) -> torch.Tensor:
-    """The first 5 s of a recording: (1, 220500) float32, nominally in [-1, 1], at 44 100 Hz (see `windows`)."""
-    with contextlib.closing(windows(path)) as first:
-        return next(first)[2]
+def load_waveform(path: str | Path, notes: list[str] | None = None) -> torch.Tensor:
+    """The first 5 s of a recording: (1, 220500) float32, nominally in [-1, 1], at 44 100 Hz (see `windows`).
+
+    Raises UserError also where less than 5 s are there and something is odd about the file.
+    """
+    found = []
+    with contextlib.closing(windows(path, notes=found)) as first:
+        _, length, waveform = next(first)
+    about_the_file = [note for note in found if note not in SOUND_NOTES]
+    if about_the_file and length < CLIP_SAMPLES:
+        raise UserError(f"{path}: {about_the_file[0]}")
+    if notes is not None:
+        notes += found
+    return waveform
 
 
 # --- waveform -> mel-spectrogram --------------------------------------------------------------------------------------
@@ -219,9 +224,21 @@ class ESC50(torch.utils.data.Dataset):
             raise UserError(f"--esc10: no clip in {self.root}/meta/esc50.csv is marked esc10; leave the flag out")
         log_mel = functools.cache(lambda: LogMel(self.params))  # needed only if features are not there yet
         mel_params = {name: value for name, value in vars(self.params).items() if not name.startswith("crop")}
+        odd = collections.defaultdict(list)  # note -> names of the clips
+
+        def features_of(path: Path) -> np.ndarray:
+            waveform = load_waveform(path, notes := [])
+            for note in SOUND_NOTES.keys() & notes:
+                odd[note].append(path.name)
+            return log_mel()(waveform).numpy()
+
         self.features, digests = cache.load_features(
-            self.root, [f"audio/{name}" for name in table["filename"]], lambda path: log_mel()(load_waveform(path)).numpy(),
+            self.root, [f"audio/{name}" for name in table["filename"]], features_of,
             (1, self.params.n_mels, self.params.num_frames), mel_params)
+        for note, names in odd.items():
+            clips = f"clip {note}" if len(names) == 1 else f"clips {SOUND_NOTES[note]}"
+            more = " ..." if len(names) > 10 else ""
+            print(f"note   {len(names)} {clips}: {', '.join(sorted(names)[:10])}{more}", file=sys.stderr)
         self.rows = torch.from_numpy(np.flatnonzero(keep))
         self.digests = [digests[row] for row in self.rows]
         self.table = table[keep].reset_index(drop=True)

@@ -24,7 +24,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      description="Say what sounds there are in recordings, a window of 5 s at a time.")
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, one of its trainings, or a .pt file")
     parser.add_argument("recordings", metavar="FILE_OR_FOLDER", nargs="*",
-                        help="audio that libsndfile reads (WAV, FLAC, OGG, MP3 ...), of any rate and length; - is standard input")
+                        help="audio that FFmpeg reads (WAV, MP3, M4A, OGG ...), of any rate and length; - is standard input")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default 5)")
     parser.add_argument("--hop", type=float, default=2.5, metavar="S",
                         help="seconds from one window's start to the next one's, 0.1 to 5 (default 2.5)")
@@ -53,7 +53,6 @@ if __name__ == "__main__":  # torch takes seconds to import: until then, answer 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an interrupt ends without a traceback: nothing needs saving
     exit_on_error("predict.py", parse_args, sys.argv[1:])
 
-import soundfile
 import torch
 
 import dsets
@@ -142,7 +141,7 @@ def find_checkpoints(path: Path, ensemble: bool) -> list[Path]:
 
 def find_recordings(names: list[str]) -> list[str]:
     """Files as they are given; folders replaced by the audio files in and below them. UserError if there are none."""
-    endings = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+    endings = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".webm", ".wma"}
     found = []
     for name in names:
         if not os.path.isdir(name):  # also for names that no file can have
@@ -155,14 +154,14 @@ def find_recordings(names: list[str]) -> list[str]:
     return found
 
 
-def predict(ensemble: Ensemble, name: str, hop: int, top: int) -> list[dict]:
+def predict(ensemble: Ensemble, name: str, hop: int, top: int, notes: list[str]) -> list[dict]:
     """The rows of one recording: the mean over its windows, then each window; each with its likeliest classes.
 
     A row: window ("mean", 0, 1 ...), start_s, end_s, top (class and probability, likeliest first). In the mean, a last window
-    that is not full weighs less. Raises UserError if the recording cannot be read.
+    that is not full weighs less. `notes` gets what is odd about the recording. Raises UserError if the recording cannot be read.
     """
     spans, probabilities = [], []
-    found = dsets.windows(name, hop)
+    found = dsets.windows(name, hop, notes)
     while batch := list(itertools.islice(found, BATCH_WINDOWS)):
         spans += [(start / SAMPLE_RATE, (start + length) / SAMPLE_RATE) for start, length, _ in batch]
         probabilities.extend(ensemble(torch.stack([waveform for _, _, waveform in batch])))
@@ -212,11 +211,13 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     for number, name in enumerate(names):
         try:
-            rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top)
+            rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top, notes := [])
         except UserError as error:
             print_error("predict.py", str(error))
             failed += 1
             continue
+        for note in notes:
+            print_error("predict.py", f"note: {name}: {note}")
         print_rows(name, rows, args.format, is_first=number == failed)
         sys.stdout.flush()
     print("]\n" if args.format == "json" else "", end="")

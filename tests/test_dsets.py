@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import dsets
 from conftest import CPU, OTHER_PARAMS, change_table, write_root
 from dsets import FeatureParams
+from util import audio
 from util.errors import UserError
 
 PARAMS = FeatureParams()
@@ -95,7 +96,7 @@ def bad_recording(path: Path, kind: str) -> None:
     elif kind == "rate":
         soundfile.write(path, tone(1, 44_100), 7)
     elif kind == "channels":
-        soundfile.write(path, np.zeros((10, dsets.MAX_CHANNELS + 1)), 44_100)
+        soundfile.write(path, np.zeros((10, audio.MAX_CHANNELS + 1)), 44_100)
     elif kind == "cut":
         soundfile.write(path, tone(1, 44_100), 44_100)
         path.write_bytes(path.read_bytes()[:50_000])
@@ -116,6 +117,54 @@ def test_bad_recordings_are_refused_by_name(own_root, kind):
     with pytest.raises(UserError, match=re.escape(f"{path}: ")) as refusal_of_all:
         dsets.ESC50(own_root)
     assert "\n" not in str(refusal.value) + str(refusal_of_all.value)
+
+
+def silence(channels: int = 1) -> np.ndarray:
+    return np.zeros((6 * 44_100, channels))
+
+
+@pytest.mark.parametrize("samples, note", [
+    (silence(), "is silent"), (silence(2), "is silent"), (silence() + 1e-6, "is silent"), (tone(6, 44_100)[:, None] * 1e-4, None),
+    (tone(6, 44_100)[:, None] * [1, -1], "has channels that cancel each other, their mean is silent"),
+    (tone(6, 44_100)[:, None] * [1, -0.99], "has channels that cancel each other, their mean is silent"),
+    (tone(6, 44_100)[:, None] * [1, 0], None), (tone(6, 44_100)[:, None] * [1, -0.8], None),
+    (np.random.default_rng(0).uniform(-1, 1, (6 * 44_100, 64)), None),
+    (tone(6, 44_100)[:, None] * 1000, "has samples far beyond 1, as if they were integers"),
+    (tone(6, 44_100)[:, None] * 4, None)], ids=range(11))
+def test_sounds_that_a_network_cannot_judge_are_told(tmp_path, samples, note):
+    soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
+    for listen in (lambda notes: list(dsets.windows(tmp_path / "a.wav", notes=notes)),
+                   lambda notes: dsets.load_waveform(tmp_path / "a.wav", notes)):  # does not hear the sixth second
+        notes = []
+        listen(notes)
+        assert notes == ([note] if note else [])
+
+
+def test_clips_that_a_network_cannot_judge_are_named_once_and_trained_on(own_root, capsys):
+    soundfile.write(own_root / "audio" / "1-0-A-0.wav", silence(), 44_100)
+    soundfile.write(own_root / "audio" / "1-0-A-1.wav", silence(), 44_100)
+    soundfile.write(own_root / "audio" / "2-0-A-1.wav", tone(5, 44_100)[:, None] * [1, -1], 44_100)
+    dsets.ESC50(own_root)
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "note   1 clip has channels that cancel each other, their mean is silent: 2-0-A-1.wav",
+        "note   2 clips are silent: 1-0-A-0.wav, 1-0-A-1.wav"]
+    dsets.ESC50(own_root)  # from the cache
+    assert capsys.readouterr().err == ""
+
+
+def test_a_clip_is_refused_only_where_less_than_5_s_are_there_and_something_is_odd(own_root, capsys):
+    path = own_root / "audio" / "1-0-A-0.wav"
+    for seconds, there, is_refused in ((7, 5.5, False), (7, 5, False), (5, 5, False), (3, 3, False), (5, 4.95, False),
+                                       (5, 4.8, True), (7, 4.8, True)):
+        soundfile.write(path, tone(seconds, 44_100), 44_100, subtype="PCM_16")
+        path.write_bytes(path.read_bytes()[:44 + 2 * round(there * 44_100)])
+        if is_refused:
+            with pytest.raises(UserError, match=re.escape(f"{path}: lacks {seconds - there:.1f} of its {seconds:.1f} s")):
+                dsets.ESC50(own_root)
+        else:
+            kept = min(round(there * 44_100), dsets.CLIP_SAMPLES)
+            assert np.allclose(dsets.ESC50(own_root).waveform(0)[0, :kept], tone(seconds, 44_100)[:kept], atol=1e-4)
+        assert capsys.readouterr().err == ""
 
 
 # --- the mel-spectrogram ----------------------------------------------------------------------------------------------

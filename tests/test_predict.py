@@ -187,7 +187,7 @@ def test_other_rates_and_channels_give_what_training_hears(tmp_path, rate, chann
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
-def test_formats_that_libsndfile_reads(one, tmp_path, capsys, name):
+def test_formats_that_people_have(one, tmp_path, capsys, name):
     soundfile.write(tmp_path / name, noise(6, 48_000), 48_000)
     entry, = call_json(capsys, one, tmp_path / name)
     assert entry["duration_s"] == pytest.approx(6, abs=0.1)
@@ -274,12 +274,21 @@ def test_names_that_cannot_be_are_named_and_the_rest_go_on(one, wav, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file can have such a name")
-def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+def test_a_name_that_is_not_utf8_is_predicted(tmp_path):
     path = tmp_path / os.fsdecode(b"\xe9.wav")
     soundfile.write(tmp_path / "a.wav", noise(1), SAMPLE_RATE)
     (tmp_path / "a.wav").rename(path)
-    with pytest.raises(UserError, match="cannot be decoded as audio"):
-        list(dsets.windows(str(path), SAMPLE_RATE))
+    assert len(list(dsets.windows(str(path), SAMPLE_RATE))) == 1
+
+
+def test_what_is_odd_about_a_recording_is_told_and_it_is_predicted(one, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noise(8) * 0, SAMPLE_RATE)
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-200_000])
+    out, err = call(capsys, one, tmp_path / "a.wav", "--format", "json")
+    assert json.loads(out)[0]["duration_s"] == pytest.approx(8 - 100_000 / SAMPLE_RATE)
+    notes = [f"predict.py: note: {tmp_path / 'a.wav'}: {note}" for note in
+             ("lacks 2.3 of its 8.0 s, cut short or damaged; copy it again", "is silent")]
+    assert err.splitlines() == notes
 
 
 @pytest.mark.slow

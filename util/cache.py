@@ -15,7 +15,7 @@ from tqdm import tqdm
 from util.errors import UserError, first_ten, write_atomically
 from util.rundir import remove_parts
 
-LIBRARIES = ("torch", "torchaudio", "soundfile", "soxr")  # that features are computed with
+LIBRARIES = ("torch", "torchaudio", "av", "soxr")  # that features are computed with
 
 
 def load_features(root: Path, names: list[str], compute, shape: tuple[int, ...], params: dict) -> tuple[torch.Tensor, list[str]]:

@@ -20,7 +20,7 @@ import filelock
 
 from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
 
-LIBRARIES = ("torch", "torchaudio", "numpy", "scikit-learn", "pandas", "soundfile", "soxr")
+LIBRARIES = ("torch", "torchaudio", "numpy", "scikit-learn", "pandas", "av", "soxr")
 RUN_CONFIG_TYPES = {"flags": dict, "features": dict, "versions": dict, "git": dict, "hardware": dict, "hardware.threads": int,
                     "hardware.world_size": int, "data": dict, "data.fingerprint": str, "sessions": list}
 ROW_TYPES = {"seed": int, "fold": int, "epoch": int, "phase": str, "loss": float, "accuracy": float, "precision": float,
