@@ -24,7 +24,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      description="Say what sounds there are in recordings, a window of 5 s at a time.")
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, one of its trainings, or a .pt file")
     parser.add_argument("recordings", metavar="FILE_OR_FOLDER", nargs="*",
-                        help="audio that FFmpeg reads (WAV, MP3, M4A, OGG ...), of any rate and length; - is standard input")
+                        help="audio that FFmpeg decodes (WAV, FLAC, MP3, M4A, OGG ...), of any rate and length; - is standard input")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default 5)")
     parser.add_argument("--hop", type=float, default=2.5, metavar="S",
                         help="seconds from one window's start to the next one's, 0.1 to 5 (default 2.5)")
@@ -61,6 +61,7 @@ from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
 from util import rundir
+from util.recordings import find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
 
@@ -139,29 +140,14 @@ def find_checkpoints(path: Path, ensemble: bool) -> list[Path]:
     return found
 
 
-def find_recordings(names: list[str]) -> list[str]:
-    """Files as they are given; folders replaced by the audio files in and below them. UserError if there are none."""
-    endings = {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".webm", ".wma"}
-    found = []
-    for name in names:
-        if not os.path.isdir(name):  # also for names that no file can have
-            found.append(name)
-            continue
-        inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in endings and path.is_file())
-        if not inside:
-            raise UserError(f"{name}: holds no audio files ({', '.join(sorted(endings))}); name a file or another folder")
-        found += inside
-    return found
-
-
-def predict(ensemble: Ensemble, name: str, hop: int, top: int, notes: list[str]) -> list[dict]:
+def predict(ensemble: Ensemble, name: str, hop: int, top: int) -> list[dict]:
     """The rows of one recording: the mean over its windows, then each window; each with its likeliest classes.
 
     A row: window ("mean", 0, 1 ...), start_s, end_s, top (class and probability, likeliest first). In the mean, a last window
-    that is not full weighs less. `notes` gets what is odd about the recording. Raises UserError if the recording cannot be read.
+    that is not full weighs less. Raises UserError if the recording cannot be read.
     """
     spans, probabilities = [], []
-    found = dsets.windows(name, hop, notes)
+    found = dsets.windows(name, hop)
     while batch := list(itertools.islice(found, BATCH_WINDOWS)):
         spans += [(start / SAMPLE_RATE, (start + length) / SAMPLE_RATE) for start, length, _ in batch]
         probabilities.extend(ensemble(torch.stack([waveform for _, _, waveform in batch])))
@@ -197,7 +183,7 @@ def print_rows(name: str, rows: list[dict], form: str, is_first: bool) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def run(args: argparse.Namespace) -> int:
-    paths = find_checkpoints(Path(args.model), args.ensemble)
+    paths = find_checkpoints(Path(spell_as_on_disk(args.model)), args.ensemble)
     if args.onnx:
         from util import export
         difference = export.export_onnx(Predictor(paths[0]), Path(args.onnx))
@@ -205,19 +191,17 @@ def run(args: argparse.Namespace) -> int:
               f"to {difference:.1e}", file=sys.stderr)
     if not args.recordings:
         return 0
-    names = find_recordings(args.recordings)
+    names = [found for name in args.recordings for found in find_recordings(name)]
     ensemble = Ensemble(paths, machine.choose_device(args.device))
     print({"table": "", "csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}[args.format], end="")
     failed = 0
     for number, name in enumerate(names):
         try:
-            rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top, notes := [])
+            rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top)
         except UserError as error:
             print_error("predict.py", str(error))
             failed += 1
             continue
-        for note in notes:
-            print_error("predict.py", f"note: {name}: {note}")
         print_rows(name, rows, args.format, is_first=number == failed)
         sys.stdout.flush()
     print("]\n" if args.format == "json" else "", end="")
@@ -230,7 +214,6 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix."""
     machine.keep_freed_memory()
-    machine.multiply_in_fp32()
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
