@@ -1,8 +1,8 @@
 """Say what sounds there are in a recording: the predictions of a trained network, a window of 5 s at a time.
 
     python predict.py runs/CNN/2026-11-25_02.13.14 recording.mp3
-    python predict.py RUN_DIR folder-of-recordings --ensemble --format csv > sounds.csv
-    python predict.py RUN_DIR/seed-42/fold-1/last.pt --onnx network.onnx
+    python predict.py RUN_DIR folder-of-recordings --format csv > sounds.csv
+    python predict.py RUN_DIR/seed-42/fold-1 --onnx network.onnx
     python predict.py --help
 """
 import argparse
@@ -22,14 +22,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of a command. Raises UserError for one that is none, or a value that it cannot have."""
     parser = argparse.ArgumentParser(prog="predict.py", allow_abbrev=False,
                                      description="Say what sounds there are in recordings, a window of 5 s at a time.")
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, one of its trainings, or a .pt file")
+    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, whose finished trainings predict together by "
+                        "their mean; the folder of one training; or a .pt file")
     parser.add_argument("recordings", metavar="FILE_OR_FOLDER", nargs="*",
                         help="audio that FFmpeg decodes (WAV, FLAC, MP3, M4A, OGG ...), of any rate and length; - is standard input")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default 5)")
     parser.add_argument("--hop", type=float, default=2.5, metavar="S",
                         help="seconds from one window's start to the next one's, 0.1 to 5 (default 2.5)")
     parser.add_argument("--format", choices=["table", "csv", "json"], default="table", help="default table")
-    parser.add_argument("--ensemble", action="store_true", help="all trainings of the run predict together, by their mean")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes a GPU if there is one (default auto)")
     parser.add_argument("--onnx", metavar="FILE", help="write the network, from waveform to probabilities, as an ONNX graph")
@@ -42,8 +42,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--hop {args.hop:g}: expected seconds from 0.1 to 5; longer ones would leave gaps")
     if args.top < 1:
         raise UserError(f"--top {args.top}: expected 1 or more")
-    if args.onnx is not None and (not args.onnx.endswith(".onnx") or args.ensemble):  # never writes over a recording
-        raise UserError(f"--onnx {args.onnx}: expected a name that ends in .onnx, and one network, not --ensemble")
+    if args.onnx is not None and not args.onnx.endswith(".onnx"):  # never writes over a recording
+        raise UserError(f"--onnx {args.onnx}: expected a name that ends in .onnx")
     if "" in (args.model, *args.recordings) or not (args.recordings or args.onnx):
         raise UserError("FILE_OR_FOLDER: is missing or empty; name recordings to predict, or a file for --onnx")
     return args
@@ -112,7 +112,7 @@ class Predictor(torch.nn.Module):
 
 
 class Ensemble:
-    """The mean probabilities of several networks that know the same classes by the same features."""
+    """The mean probabilities of networks, one or more, that know the same classes by the same features."""
 
     def __init__(self, paths: list[Path], device: torch.device):
         self.predictors, self.device = [Predictor(path).to(device) for path in paths], device
@@ -128,16 +128,25 @@ class Ensemble:
         return torch.stack([predictor.classify(features) for predictor in self.predictors]).mean(dim=0).cpu()
 
 
-def find_checkpoints(path: Path, ensemble: bool) -> list[Path]:
-    """The checkpoint of a file, a training's or a run's folder; for an ensemble all. UserError if there is none, or several."""
-    if path.is_file():
-        return [path]
-    found = sorted([*path.glob("last.pt"), *path.glob("fold-*/last.pt"), *path.glob("seed-*/fold-*/last.pt")])
-    if not found:
-        raise UserError(f"{path}: holds no checkpoint (seed-S/fold-K/last.pt); name a folder that training.py made")
-    if len(found) > 1 and not ensemble:
-        raise UserError(f"{path}: holds {len(found)} trainings; name one ({found[0].parent}), or let all predict: --ensemble")
-    return found
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint that a file is or a training's folder holds; for a run's folder those of all finished trainings.
+
+    Says on stderr how many these are, where a run has several trainings. Raises UserError if there are none.
+    """
+    if path.is_file() or (path / "last.pt").exists():
+        return [path if path.is_file() else path / "last.pt"]
+    if not (path / "run.json").exists():
+        raise UserError(f"{path}: holds no checkpoint (last.pt) and no run (run.json); name a run's folder or a training's in it")
+    flags = rundir.read_run_config(path)["flags"]
+    folders = [rundir.training_dir(path, seed, fold) for seed, fold in itertools.product(flags["seed"], flags["fold"])]
+    begun = [folder for folder in folders if (folder / "last.pt").exists()]
+    finished = [folder / "last.pt" for folder in begun if rundir.is_finished(folder, flags["epochs"])]
+    if not finished:
+        raise UserError(f"{path}: no training of {len(folders)} is finished; wait, or name one ({(begun or folders)[0]})")
+    if len(folders) > 1:
+        print_error("predict.py", f"note: {path}: its finished trainings predict together, by their mean: {len(finished)}; "
+                                  f"not finished: {len(folders) - len(finished)}")
+    return finished
 
 
 def predict(ensemble: Ensemble, name: str, hop: int, top: int) -> list[dict]:
@@ -183,8 +192,10 @@ def print_rows(name: str, rows: list[dict], form: str, is_first: bool) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 def run(args: argparse.Namespace) -> int:
-    paths = find_checkpoints(Path(spell_as_on_disk(args.model)), args.ensemble)
+    paths = find_checkpoints(Path(spell_as_on_disk(args.model)))
     if args.onnx:
+        if len(paths) > 1:
+            raise UserError(f"--onnx {args.onnx}: expected one network, {args.model} holds several; name one ({paths[0].parent})")
         from util import export
         difference = export.export_onnx(Predictor(paths[0]), Path(args.onnx))
         print(f"{args.onnx}: waveform (batch, {CLIP_SAMPLES}) -> probabilities (batch, classes); onnxruntime agrees with torch "

@@ -128,7 +128,7 @@ def test_predictions_use_the_features_of_the_checkpoint(shared_root, other_run_d
 def test_networks_of_other_features_do_not_predict_together(run_dir, other_run_dir, wav, tmp_path, capsys):
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.copy(other_run_dir / "seed-42" / "fold-1" / "last.pt", tmp_path / "run" / "seed-42" / "fold-2")
-    refuse(capsys, tmp_path / "run", wav, "--ensemble", words="n_mels 64, here 128")
+    assert "n_mels 64, here 128" in call(capsys, tmp_path / "run", wav, status=2)[1]
 
 
 def test_a_predictor_takes_the_path_as_text(one):
@@ -146,14 +146,31 @@ def test_a_window_is_predicted_alike_alone_and_among_others(one):
     assert torch.allclose(together.sum(dim=1), torch.ones(3))
 
 
-def test_an_ensemble_is_the_mean_of_its_networks(run_dir, wav, capsys):
+def test_the_trainings_of_a_run_predict_by_their_mean(run_dir, wav, capsys):
     each = [call_json(capsys, run_dir / "seed-42" / f"fold-{fold}", wav)[0] for fold in (1, 2)]
-    both = call_json(capsys, run_dir, wav, "--ensemble")[0]
+    out, err = call(capsys, run_dir, wav, "--format", "json")
+    assert err == f"predict.py: note: {run_dir}: its finished trainings predict together, by their mean: 2; not finished: 0\n"
     expected = {}
     for entry in each:
         for guess in entry["top"]:
             expected[guess["class"]] = expected.get(guess["class"], 0) + guess["probability"] / 2
-    assert {guess["class"]: guess["probability"] for guess in both["top"]} == pytest.approx(expected, abs=1e-6)
+    assert {guess["class"]: guess["probability"] for guess in json.loads(out)[0]["top"]} == pytest.approx(expected, abs=1e-6)
+
+
+def test_trainings_that_are_not_finished_do_not_predict(run_dir, wav, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "run")
+    first, second = (tmp_path / "run" / "seed-42" / f"fold-{fold}" for fold in (1, 2))
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    content["flags"]["fold"].append(3)  # has not begun
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    (second / "report.csv").unlink()
+    alone, err = call(capsys, first, wav)
+    assert err == ""
+    out, err = call(capsys, tmp_path / "run", wav)
+    assert out == alone and "mean: 1; not finished: 2" in err
+    (first / "last.pt").unlink()
+    refuse(capsys, tmp_path / "run", wav, words=f"no training of 3 is finished; wait, or name one ({second})")
+    assert call(capsys, second, wav)[1] == "", "by its name it predicts"
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -259,11 +276,17 @@ def test_a_bad_file_is_named_and_the_rest_go_on(one, wav, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--hop", "0"], "--hop 0"), (["--hop", "6"], "--hop 6"), (["--hop", "nan"], "--hop nan"), (["--top", "0"], "--top 0"),
-    (["--format", "xml"], "--format"), (["--device", "tpu"], "--device"), (["--onnx", "a.onnx", "--ensemble"], "--onnx"),
-    (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"), (["--tops", "1"], "--tops")])
-def test_bad_flags_are_refused_in_one_line(run_dir, one, wav, capsys, tmp_path, monkeypatch, flags, words):
+    (["--format", "xml"], "--format"), (["--device", "tpu"], "--device"), (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"),
+    (["--tops", "1"], "--tops")])
+def test_bad_flags_are_refused_in_one_line(one, wav, capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    refuse(capsys, run_dir if "--ensemble" in flags else one, *([] if flags == [""] else [wav]), *flags, words=words)
+    refuse(capsys, one, *([] if flags == [""] else [wav]), *flags, words=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_network_becomes_a_graph(run_dir, tmp_path, capsys):
+    _, err = call(capsys, run_dir, "--onnx", tmp_path / "a.onnx", status=2)
+    assert f"expected one network, {run_dir} holds several; name one ({run_dir / 'seed-42' / 'fold-1'})" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -317,7 +340,7 @@ def test_output_that_cannot_be_written_is_one_line(one, redirection):
 
 
 def test_models_that_cannot_predict_are_refused(run_dir, one, wav, tmp_path, capsys):
-    refuse(capsys, run_dir, wav, words=f"{run_dir}: holds 2 trainings")
+    refuse(capsys, run_dir / "seed-42", wav, words="seed-42: holds no checkpoint")
     refuse(capsys, tmp_path / "absent", wav, words="absent")
     refuse(capsys, tmp_path, wav, words=f"{tmp_path}: holds no checkpoint")
     refuse(capsys, one, tmp_path, words=f"{tmp_path}: holds no recordings")
@@ -378,4 +401,4 @@ def test_networks_of_other_classes_do_not_predict_together(run_dir, wav, tmp_pat
     path = tmp_path / "run" / "seed-42" / "fold-2" / "last.pt"
     checkpoint = torch.load(path, weights_only=True)
     torch.save(checkpoint | {"classes": checkpoint["classes"][::-1]}, path)
-    refuse(capsys, tmp_path / "run", wav, "--ensemble", words=str(path))
+    assert f"{path}: cannot predict together" in call(capsys, tmp_path / "run", wav, status=2)[1]

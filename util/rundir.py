@@ -22,7 +22,8 @@ from util.errors import UserError, check_regular_file, check_types, reason, writ
 
 LIBRARIES = ("torch", "torchaudio", "numpy", "scikit-learn", "pandas", "av", "soxr")
 RUN_CONFIG_TYPES = {"flags": dict, "features": dict, "versions": dict, "git": dict, "hardware": dict, "hardware.threads": int,
-                    "hardware.world_size": int, "data": dict, "data.fingerprint": str, "sessions": list}
+                    "hardware.world_size": int, "data": dict, "data.fingerprint": str, "sessions": list,
+                    "flags.seed": list, "flags.fold": list, "flags.epochs": int}
 ROW_TYPES = {"seed": int, "fold": int, "epoch": int, "phase": str, "loss": float, "accuracy": float, "precision": float,
              "recall": float, "f1": float, "seconds": float}
 
