@@ -2,10 +2,12 @@
 
     python predict.py runs/CNN/2026-11-25_02.13.14 recording.mp3
     python predict.py RUN_DIR folder-of-recordings --format csv > sounds.csv
+    arecord -f cd | python predict.py RUN_DIR -
     python predict.py RUN_DIR/seed-42/fold-1 --onnx network.onnx
     python predict.py --help
 """
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -13,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from util.errors import UserError, exit_on_error, print_error, reason
@@ -25,11 +28,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, whose finished trainings predict together by "
                         "their mean; the folder of one training; or a .pt file")
     parser.add_argument("recordings", metavar="FILE_OR_FOLDER", nargs="*",
-                        help="audio that FFmpeg decodes (WAV, FLAC, MP3, M4A, OGG ...), of any rate and length; - is standard input")
+                        help="audio that FFmpeg decodes (WAV, FLAC, MP3, M4A, OGG ...), of any rate and length; - is standard "
+                             "input, each window printed as soon as it is heard")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default 5)")
     parser.add_argument("--hop", type=float, default=2.5, metavar="S",
                         help="seconds from one window's start to the next one's, 0.1 to 5 (default 2.5)")
-    parser.add_argument("--format", choices=["table", "csv", "json"], default="table", help="default table")
+    parser.add_argument("--format", choices=["table", "csv", "json", "jsonl"], default="table",
+                        help="jsonl: an object a line (default table)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes a GPU if there is one (default auto)")
     parser.add_argument("--onnx", metavar="FILE", help="write the network, from waveform to probabilities, as an ONNX graph")
@@ -149,47 +154,71 @@ def find_checkpoints(path: Path) -> list[Path]:
     return finished
 
 
-def predict(ensemble: Ensemble, name: str, hop: int, top: int) -> list[dict]:
-    """The rows of one recording: the mean over its windows, then each window; each with its likeliest classes.
+def predict(ensemble: Ensemble, name: str, hop: int, top: int):
+    """Yield the rows of one recording: each window as soon as it is heard; at last the mean, with notes on the recording.
 
-    A row: window ("mean", 0, 1 ...), start_s, end_s, top (class and probability, likeliest first). In the mean, a last window
-    that is not full weighs less. Raises UserError if the recording cannot be read.
+    hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, top
+    (class and probability, likeliest first). In the mean, a last window that is not full weighs less.
+    Raises UserError if the recording cannot be read.
     """
-    spans, probabilities = [], []
-    found = dsets.windows(name, hop)
-    while batch := list(itertools.islice(found, BATCH_WINDOWS)):
-        spans += [(start / SAMPLE_RATE, (start + length) / SAMPLE_RATE) for start, length, _ in batch]
-        probabilities.extend(ensemble(torch.stack([waveform for _, _, waveform in batch])))
-    seconds = torch.tensor([end - start for start, end in spans])
-    mean = (seconds / seconds.sum()) @ torch.stack(probabilities)  # (W,) @ (W, classes) -> (classes,)
-    rows = []
-    for window, (start, end), values in zip(["mean", *range(len(spans))], [(0.0, spans[-1][1]), *spans], [mean, *probabilities]):
-        likeliest = zip(*values.topk(min(top, len(ensemble.classes))))
-        rows.append({"window": window, "start_s": start, "end_s": end,
-                     "top": [{"class": ensemble.classes[index], "probability": value.item()} for value, index in likeliest]})
-    return rows
+    def row(window: int | str, start: int, end: int, probabilities: torch.Tensor) -> dict:
+        guesses = [{"class": ensemble.classes[index], "probability": value.item()}
+                   for value, index in zip(*probabilities.topk(min(top, len(ensemble.classes))))]
+        return {"window": window, "start_s": start / SAMPLE_RATE, "end_s": end / SAMPLE_RATE, "top": guesses}
+
+    notes, count, heard, total = [], 0, 0, 0.0
+    found = dsets.windows(name, hop, notes)
+    while batch := list(itertools.islice(found, 1 if name == "-" else BATCH_WINDOWS)):
+        for (start, length, _), probabilities in zip(batch, ensemble(torch.stack([waveform for _, _, waveform in batch]))):
+            yield row(count, start, start + length, probabilities)
+            count, heard, total = count + 1, heard + length, total + length * probabilities.double()
+    yield row("mean", 0, start + length, total / heard) | {"notes": notes}
 
 
-def print_rows(name: str, rows: list[dict], form: str, is_first: bool) -> None:
-    """Print one recording's rows: as a table to read, as CSV rows, or as an object of a JSON array."""
+def print_row(name: str, row: dict, form: str) -> None:
+    """Print one row: as a line of a table to read, as CSV rows, or as an object of JSON."""
     if form == "table":
-        print(f"{name} ({rows[0]['end_s']:.1f} s)")
-        for row in rows if len(rows) > 2 else rows[:1]:  # a single window is the mean
-            title = "mean" if row["window"] == "mean" else f"{row['start_s']:.1f} - {row['end_s']:.1f} s"
-            print(f"{title:>17}  " + ", ".join(f"{guess['class']} {100 * guess['probability']:.1f}%" for guess in row["top"]))
+        title = "mean" if row["window"] == "mean" else f"{row['start_s']:.1f} - {row['end_s']:.1f} s"
+        print(f"{title:>17}  " + ", ".join(f"{guess['class']} {100 * guess['probability']:.1f}%" for guess in row["top"]))
     elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        for row in rows:
-            span = [f"{row['start_s']:.3f}", f"{row['end_s']:.3f}"]
-            writer.writerows([name, row["window"], *span, rank, guess["class"], f"{guess['probability']:.6f}"]
-                             for rank, guess in enumerate(row["top"], start=1))
+        span = [f"{row['start_s']:.3f}", f"{row['end_s']:.3f}"]
+        csv.writer(sys.stdout, lineterminator="\n").writerows(
+            [name, row["window"], *span, rank, guess["class"], f"{guess['probability']:.6f}"]
+            for rank, guess in enumerate(row["top"], start=1))
     else:
-        windows = [{key: row[key] for key in ("start_s", "end_s", "top")} for row in rows[1:]]
+        print(json.dumps({"file": name, **row}))
+
+
+def print_recording(name: str, windows: list[dict], mean: dict, form: str, is_first: bool) -> None:
+    """Print all rows of one recording: as an object of a JSON array, or one by one with the mean first."""
+    if form == "json":
+        parts = [{key: row[key] for key in ("start_s", "end_s", "top")} for row in windows]
         print("" if is_first else ",\n", end="")
-        print(json.dumps({"file": name, "duration_s": rows[0]["end_s"], "top": rows[0]["top"], "windows": windows}), end="")
+        print(json.dumps({"file": name, "duration_s": mean["end_s"], "top": mean["top"], "windows": parts,
+                          "notes": mean["notes"]}), end="")
+    else:
+        print(f"{name} ({mean['end_s']:.1f} s)\n" if form == "table" else "", end="")
+        for row in [mean] if form == "table" and len(windows) == 1 else [mean, *windows]:  # a single window is the mean
+            print_row(name, row, form)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def interrupt_ends_input(interrupts: list):
+    """Ctrl-C ends standard input, so that what was heard gets its mean, and is noted in `interrupts`; a second one as before."""
+    def end_input(number: int, _) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, before)
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)  # a read that waits for more goes on and finds the end
+
+    before = signal.signal(signal.SIGINT, end_input)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 
 def run(args: argparse.Namespace) -> int:
     paths = find_checkpoints(Path(spell_as_on_disk(args.model)))
@@ -204,22 +233,34 @@ def run(args: argparse.Namespace) -> int:
         return 0
     names = [found for name in args.recordings for found in find_recordings(name)]
     ensemble = Ensemble(paths, machine.choose_device(args.device))
-    print({"table": "", "csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}[args.format], end="")
-    failed = 0
+    print({"csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}.get(args.format, ""), end="")
+    failed, interrupts = 0, []
     for number, name in enumerate(names):
+        listens = name == "-" and threading.current_thread() is threading.main_thread()  # no other may handle signals
+        rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top)
         try:
-            rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top)
+            with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
+                if name == "-" and args.format in ("table", "csv", "jsonl"):
+                    print("-\n" if args.format == "table" else "", end="")
+                    for mean in rows:  # each as soon as it is heard; the mean is the last
+                        print_row(name, mean, args.format)
+                        sys.stdout.flush()
+                else:
+                    *windows, mean = rows
+                    print_recording(name, windows, mean, args.format, is_first=number == failed)
+            sys.stdout.flush()
+            for note in [] if interrupts else mean["notes"]:  # that an interrupted stream lacks its end is known
+                print_error("predict.py", f"note: {name}: {note}")
         except UserError as error:
             print_error("predict.py", str(error))
             failed += 1
-            continue
-        print_rows(name, rows, args.format, is_first=number == failed)
-        sys.stdout.flush()
+        if interrupts:
+            break
     print("]\n" if args.format == "json" else "", end="")
     sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     if failed and len(names) > 1:
         print_error("predict.py", f"{failed} of {len(names)} recordings could not be used")
-    return 2 if failed else 0
+    return 130 if interrupts else 2 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:

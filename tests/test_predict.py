@@ -1,11 +1,14 @@
 import csv
 import functools
 import io
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from dsets import SAMPLE_RATE
 
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 PROGRAM = "import conftest, models, predict, sys; models.MODELS['cnn8'] = conftest.Tiny; sys.exit(predict.main(sys.argv[1:]))"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT)}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(PROJECT)}
 
 
 OTHER_PARAMS = dsets.FeatureParams(n_mels=64, crop_mels=50)
@@ -220,6 +223,94 @@ def test_standard_input(one, wav, capsys):
     assert entry["file"] == "-" and entry["top"] == named["top"]
 
 
+# --- standard input ---------------------------------------------------------------------------------------------------
+
+class Pipe(io.BytesIO):
+    """Bytes that can only be read forward."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_):
+        raise OSError("a pipe")
+
+
+@pytest.fixture
+def pipe(tmp_path, monkeypatch):
+    """A file of 8 s, which is also standard input."""
+    soundfile.write(tmp_path / "a.wav", noise(8), SAMPLE_RATE)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe((tmp_path / "a.wav").read_bytes())))
+    monkeypatch.setattr(predict, "BATCH_WINDOWS", 1)  # as of standard input: other batches have other last bits
+    return tmp_path / "a.wav"
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl"])
+def test_standard_input_gives_what_a_file_gives(one, pipe, capsys, form):
+    file = call(capsys, one, pipe, "--format", form)[0].replace(str(pipe), "-")
+    heard = call(capsys, one, "-", "--format", form)[0]
+    lines = heard.splitlines()
+    if form == "table":
+        assert lines[0] == "-" and sorted(["- (8.0 s)", *lines[1:]]) == sorted(file.splitlines())
+        assert ["mean" in line for line in lines] == [False, False, False, False, True]
+    elif form in ("csv", "jsonl"):
+        assert sorted(lines) == sorted(file.splitlines()) and "mean" in lines[-1] and "mean" not in lines[1]
+    else:
+        assert heard == file
+
+
+def test_of_standard_input_each_window_is_predicted_alone_and_at_once(one, monkeypatch):
+    asked = []
+
+    def endless(*_):
+        for start in itertools.count(step=SAMPLE_RATE):
+            asked.append(start)
+            yield start, dsets.CLIP_SAMPLES, torch.zeros(1, dsets.CLIP_SAMPLES)
+
+    monkeypatch.setattr(dsets, "windows", endless)
+    rows = predict.predict(predict.Ensemble([one / "last.pt"], CPU), "-", SAMPLE_RATE, top=1)
+    for window in range(3):
+        assert next(rows)["window"] == window and len(asked) == window + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_stream_is_printed_as_it_is_heard_and_an_interrupt_gives_the_mean(one, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noise(60), SAMPLE_RATE, subtype="PCM_16")
+    data = (tmp_path / "a.wav").read_bytes()
+    command = [sys.executable, "-c", PROGRAM, str(one), "-", "--format", "jsonl", "--device", "cpu"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=Path(__file__).parent, env=ENVIRONMENT) as process:
+        lines = []
+        for begin, end in ((0, 6.5), (6.5, 9)):  # s; nothing more comes until the windows of 0 to 5 and 2.5 to 7.5 s are there
+            process.stdin.write(data[int(2 * SAMPLE_RATE * begin):int(2 * SAMPLE_RATE * end)])
+            process.stdin.flush()
+            lines.append(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        lines += process.stdout.readlines()
+        assert (process.wait(), process.stderr.read()) == (130, b"")
+    *windows, mean = map(json.loads, lines)
+    assert [row["start_s"] for row in windows] == [0, 2.5, 5] and mean["window"] == "mean"
+    assert [row["end_s"] for row in windows[:2]] == [5, 7.5] and 7.5 < windows[2]["end_s"] == mean["end_s"] <= 9
+    named = call_json(capsys, one, tmp_path / "a.wav")[0]["windows"]
+    assert windows[1]["top"][0]["probability"] == pytest.approx(named[1]["top"][0]["probability"], abs=1e-4)
+    for guess in mean["top"]:
+        heard = sum((row["end_s"] - row["start_s"]) * other["probability"] for row in windows for other in row["top"]
+                    if other["class"] == guess["class"])
+        assert guess["probability"] == pytest.approx(heard / sum(row["end_s"] - row["start_s"] for row in windows), abs=1e-6)
+
+
+def test_the_command_works_in_a_thread(one, pipe, capsys):
+    threads, status = threading.active_count(), []
+    expected = call(capsys, one, pipe, "--format", "json")[0]
+    thread = threading.Thread(target=lambda: status.append(
+        predict.main([str(one), str(pipe), "-", "--format", "json", "--device", "cpu"])))
+    thread.start()
+    thread.join()
+    file, heard = json.loads(capsys.readouterr().out)
+    assert status == [0] and threading.active_count() == threads
+    assert [file] == json.loads(expected) and heard == file | {"file": "-"}
+
+
 # --- output -----------------------------------------------------------------------------------------------------------
 
 def test_the_three_formats_say_the_same(one, tmp_path, capsys):
@@ -256,6 +347,30 @@ def test_a_folders_files_come_by_name(one, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a sound")
     names = [entry["file"] for entry in call_json(capsys, one, tmp_path)]
     assert names == [str(tmp_path / name) for name in ("a.WAV", "b.wav", "sub/c.flac")]
+
+
+def test_json_lines_say_what_json_says(one, wav, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noise(8), SAMPLE_RATE)
+    entries = call_json(capsys, one, wav, tmp_path / "a.wav")
+    rows = [json.loads(line) for line in call(capsys, one, wav, tmp_path / "a.wav", "--format", "jsonl")[0].splitlines()]
+    expected = [{"file": entry["file"]} | part for entry in entries for part in (
+        {"window": "mean", "start_s": 0, "end_s": entry["duration_s"], "top": entry["top"], "notes": entry["notes"]},
+        *({"window": number} | window for number, window in enumerate(entry["windows"])))]
+    assert rows == expected
+
+
+def test_notes_on_a_recording_are_told(one, wav, capsys, monkeypatch):
+    windows = dsets.windows
+
+    def windows_with_note(path, hop, notes):
+        yield from windows(path, hop)
+        notes.append("is odd")
+
+    monkeypatch.setattr(dsets, "windows", windows_with_note)
+    for form in ("table", "csv", "json", "jsonl"):
+        out, err = call(capsys, one, wav, "--format", form)
+        assert err == f"predict.py: note: {wav}: is odd\n" and ("is odd" in out) == (form in ("json", "jsonl"))
+    assert call_json(capsys, one, wav)[0]["notes"] == ["is odd"]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -310,7 +425,7 @@ def test_a_name_that_is_not_utf8_is_predicted(one, tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", noise(1), SAMPLE_RATE)
     (tmp_path / "a.wav").rename(path)
     for name in (path, tmp_path):
-        for form in ("table", "csv"):
+        for form in ("table", "csv", "jsonl"):
             assert "\\udce9.wav" in call(capsys, one, name, "--format", form)[0]
         entry, = call_json(capsys, one, name)
         assert os.fsencode(entry["file"]) == os.fsencode(path)
@@ -330,10 +445,9 @@ def test_names_that_the_terminal_cannot_show_are_predicted(one, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="shell redirections")
 @pytest.mark.parametrize("redirection", [">/dev/full", "| true"])
 def test_output_that_cannot_be_written_is_one_line(one, redirection):
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(["bash", "-c", f'set -o pipefail; sleep 0.1; "$@" {redirection}', "bash", sys.executable, "-c", PROGRAM,
                            str(one), "absent.wav", "--format", "csv", "--device", "cpu"], cwd=Path(__file__).parent,
-                          capture_output=True, text=True, env=environment)
+                          capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2 and "Exception" not in done.stderr
     line, = [line for line in done.stderr.splitlines() if "absent.wav" not in line]
     assert line.startswith("predict.py: output: ")
