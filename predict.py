@@ -33,8 +33,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (default 5)")
     parser.add_argument("--hop", type=float, default=2.5, metavar="S",
                         help="seconds from one window's start to the next one's, 0.1 to 5 (default 2.5)")
-    parser.add_argument("--format", choices=["table", "csv", "json", "jsonl"], default="table",
-                        help="jsonl: an object a line (default table)")
+    parser.add_argument("--format", choices=["table", "csv", "json", "jsonl", "labels"], default="table",
+                        help="jsonl: an object a line; labels: a label track for Audacity, of one recording (default table)")
+    parser.add_argument("--threshold", type=float, default=0.0, metavar="P",
+                        help="show - where the likeliest class has a probability below P, 0 to 1 (default 0)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes a GPU if there is one (default auto)")
     parser.add_argument("--onnx", metavar="FILE", help="write the network, from waveform to probabilities, as an ONNX graph")
@@ -47,6 +49,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--hop {args.hop:g}: expected seconds from 0.1 to 5; longer ones would leave gaps")
     if args.top < 1:
         raise UserError(f"--top {args.top}: expected 1 or more")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold:g}: expected a probability from 0 to 1")
     if args.onnx is not None and not args.onnx.endswith(".onnx"):  # never writes over a recording
         raise UserError(f"--onnx {args.onnx}: expected a name that ends in .onnx")
     if "" in (args.model, *args.recordings) or not (args.recordings or args.onnx):
@@ -154,16 +158,18 @@ def find_checkpoints(path: Path) -> list[Path]:
     return finished
 
 
-def predict(ensemble: Ensemble, name: str, hop: int, top: int):
+def predict(ensemble: Ensemble, name: str, hop: int, top: int, threshold: float = 0.0):
     """Yield the rows of one recording: each window as soon as it is heard; at last the mean, with notes on the recording.
 
     hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, top
-    (class and probability, likeliest first). In the mean, a last window that is not full weighs less.
-    Raises UserError if the recording cannot be read.
+    (class and probability, likeliest first; the class of a single one is "-" if the likeliest is below `threshold`). In the
+    mean, a last window that is not full weighs less. Raises UserError if the recording cannot be read.
     """
     def row(window: int | str, start: int, end: int, probabilities: torch.Tensor) -> dict:
         guesses = [{"class": ensemble.classes[index], "probability": value.item()}
                    for value, index in zip(*probabilities.topk(min(top, len(ensemble.classes))))]
+        if guesses[0]["probability"] < threshold:
+            guesses = [guesses[0] | {"class": "-"}]
         return {"window": window, "start_s": start / SAMPLE_RATE, "end_s": end / SAMPLE_RATE, "top": guesses}
 
     notes, count, heard, total = [], 0, 0, 0.0
@@ -179,7 +185,8 @@ def print_row(name: str, row: dict, form: str) -> None:
     """Print one row: as a line of a table to read, as CSV rows, or as an object of JSON."""
     if form == "table":
         title = "mean" if row["window"] == "mean" else f"{row['start_s']:.1f} - {row['end_s']:.1f} s"
-        print(f"{title:>17}  " + ", ".join(f"{guess['class']} {100 * guess['probability']:.1f}%" for guess in row["top"]))
+        guesses = [guess["class"] + f" {100 * guess['probability']:.1f}%" * (guess["class"] != "-") for guess in row["top"]]
+        print(f"{title:>17}  " + ", ".join(guesses))
     elif form == "csv":
         span = [f"{row['start_s']:.3f}", f"{row['end_s']:.3f}"]
         csv.writer(sys.stdout, lineterminator="\n").writerows(
@@ -190,16 +197,28 @@ def print_row(name: str, row: dict, form: str) -> None:
 
 
 def print_recording(name: str, windows: list[dict], mean: dict, form: str, is_first: bool) -> None:
-    """Print all rows of one recording: as an object of a JSON array, or one by one with the mean first."""
+    """Print all rows of one recording: as an object of a JSON array, as labels, or one by one with the mean first."""
     if form == "json":
         parts = [{key: row[key] for key in ("start_s", "end_s", "top")} for row in windows]
         print("" if is_first else ",\n", end="")
         print(json.dumps({"file": name, "duration_s": mean["end_s"], "top": mean["top"], "windows": parts,
                           "notes": mean["notes"]}), end="")
+    elif form == "labels":
+        edges = window_edges(windows)
+        for label, group in itertools.groupby(range(len(windows)), lambda index: windows[index]["top"][0]["class"]):
+            first, *_, last = [*group] * 2
+            print(f"{edges[first]:.6f}\t{edges[last + 1]:.6f}\t{label}\n" if label != "-" else "", end="")
     else:
         print(f"{name} ({mean['end_s']:.1f} s)\n" if form == "table" else "", end="")
         for row in [mean] if form == "table" and len(windows) == 1 else [mean, *windows]:  # a single window is the mean
             print_row(name, row, form)
+
+
+def window_edges(windows: list[dict]) -> list[float]:
+    """Times (windows + 1,) in s between which each window speaks: a hop around its middle, the first and last to the ends."""
+    starts = [row["start_s"] for row in windows]
+    between = [(one + other) / 2 + CLIP_SAMPLES / SAMPLE_RATE / 2 for one, other in itertools.pairwise(starts)]
+    return [0.0, *between, windows[-1]["end_s"]]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -232,12 +251,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.recordings:
         return 0
     names = [found for name in args.recordings for found in find_recordings(name)]
+    if len(names) > 1 and args.format == "labels":
+        raise UserError(f"--format labels: expected one recording, found {len(names)}; name one")
     ensemble = Ensemble(paths, machine.choose_device(args.device))
     print({"csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}.get(args.format, ""), end="")
     failed, interrupts = 0, []
     for number, name in enumerate(names):
         listens = name == "-" and threading.current_thread() is threading.main_thread()  # no other may handle signals
-        rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top)
+        rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold)
         try:
             with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
                 if name == "-" and args.format in ("table", "csv", "jsonl"):

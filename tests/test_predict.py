@@ -244,7 +244,7 @@ def pipe(tmp_path, monkeypatch):
     return tmp_path / "a.wav"
 
 
-@pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl"])
+@pytest.mark.parametrize("form", ["table", "csv", "json", "jsonl", "labels"])
 def test_standard_input_gives_what_a_file_gives(one, pipe, capsys, form):
     file = call(capsys, one, pipe, "--format", form)[0].replace(str(pipe), "-")
     heard = call(capsys, one, "-", "--format", form)[0]
@@ -349,6 +349,51 @@ def test_a_folders_files_come_by_name(one, tmp_path, capsys):
     assert names == [str(tmp_path / name) for name in ("a.WAV", "b.wav", "sub/c.flac")]
 
 
+class Fake:
+    """Instead of an ensemble: of three classes "c" has 0.05 in every window; "a" has what FAKE says of the window."""
+
+    PROBABILITIES = [0.9, 0.8, 0.3, 0.55]
+    classes = ["a", "b", "c"]
+
+    def __init__(self, *_):
+        self.left = list(self.PROBABILITIES)
+
+    def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[p, 0.95 - p, 0.05] for p in (self.left.pop(0) for _ in waveforms)])
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path) -> Path:
+    """A recording of 11 s: windows of 0 to 5, 2.5 to 7.5, 5 to 10 and 7.5 to 11 s are a, a, b and a."""
+    monkeypatch.setattr(predict, "Ensemble", Fake)
+    soundfile.write(tmp_path / "a.wav", noise(11), SAMPLE_RATE)
+    return tmp_path / "a.wav"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], "0.000000\t6.250000\ta\n6.250000\t8.750000\tb\n8.750000\t11.000000\ta\n"),
+    (["--threshold", "0.6"], "0.000000\t6.250000\ta\n6.250000\t8.750000\tb\n"),
+    (["--threshold", "0.7"], "0.000000\t6.250000\ta\n"),
+    (["--threshold", "1"], ""),
+    (["--hop", "5"], "0.000000\t10.000000\ta\n10.000000\t11.000000\tb\n")])  # 0 to 5, 5 to 10 and 10 to 11 s
+def test_labels_lie_around_the_middles_and_neighbors_of_one_class_are_joined(one, fake, capsys, flags, expected):
+    assert call(capsys, one, fake, "--format", "labels", *flags)[0] == expected
+
+
+def test_below_the_threshold_no_class_is_named(one, fake, capsys):
+    flags = [one, fake, "--top", 2, "--threshold", 0.6]  # mean of a: (5 * 0.9 + 5 * 0.8 + 5 * 0.3 + 3.5 * 0.55) / 18.5 = 0.645
+    table = call(capsys, *flags)[0].splitlines()
+    assert [line.split("  ")[-1] for line in table[1:]] == ["a 64.5%, b 30.5%", "a 90.0%, b 5.0%", "a 80.0%, b 15.0%",
+                                                            "b 65.0%, a 30.0%", "-"]
+    rows = list(csv.DictReader(io.StringIO(call(capsys, *flags, "--format", "csv")[0])))
+    assert [row["class"] for row in rows if row["window"] == "3"] == ["-"] and len(rows) == 9
+    entry, = call_json(capsys, *flags)
+    assert [guess["class"] for guess in entry["windows"][3]["top"]] == ["-"] and entry["top"][0]["class"] == "a"
+    entry, = call_json(capsys, *flags, "--threshold", 0.65)
+    assert entry["top"] == [{"class": "-", "probability": pytest.approx(0.645, abs=1e-3)}]
+    assert call_json(capsys, *flags, "--threshold", 0) == call_json(capsys, one, fake, "--top", 2)
+
+
 def test_json_lines_say_what_json_says(one, wav, tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", noise(8), SAMPLE_RATE)
     entries = call_json(capsys, one, wav, tmp_path / "a.wav")
@@ -367,10 +412,14 @@ def test_notes_on_a_recording_are_told(one, wav, capsys, monkeypatch):
         notes.append("is odd")
 
     monkeypatch.setattr(dsets, "windows", windows_with_note)
-    for form in ("table", "csv", "json", "jsonl"):
+    for form in ("table", "csv", "json", "jsonl", "labels"):
         out, err = call(capsys, one, wav, "--format", form)
         assert err == f"predict.py: note: {wav}: is odd\n" and ("is odd" in out) == (form in ("json", "jsonl"))
     assert call_json(capsys, one, wav)[0]["notes"] == ["is odd"]
+
+
+def test_one_recording_is_labeled(one, wav, pipe, capsys):
+    refuse(capsys, one, wav.parent, "--format", "labels", words="--format labels: expected one recording, found 24")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -391,7 +440,8 @@ def test_a_bad_file_is_named_and_the_rest_go_on(one, wav, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--hop", "0"], "--hop 0"), (["--hop", "6"], "--hop 6"), (["--hop", "nan"], "--hop nan"), (["--top", "0"], "--top 0"),
-    (["--format", "xml"], "--format"), (["--device", "tpu"], "--device"), (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"),
+    (["--format", "xml"], "--format"), (["--device", "tpu"], "--device"), (["--threshold", "-0.1"], "--threshold -0.1"),
+    (["--threshold", "50"], "--threshold 50"), (["--threshold", "nan"], "--threshold nan"), (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"),
     (["--tops", "1"], "--tops")])
 def test_bad_flags_are_refused_in_one_line(one, wav, capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
