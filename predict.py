@@ -18,7 +18,7 @@ import sys
 import threading
 from pathlib import Path
 
-from util.errors import UserError, exit_on_error, print_error, reason
+from util.errors import UserError, exit_on_error, print_error, reason, write_atomically
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="jsonl: an object a line; labels: a label track for Audacity, of one recording (default table)")
     parser.add_argument("--threshold", type=float, default=0.0, metavar="P",
                         help="show - where the likeliest class has a probability below P, 0 to 1 (default 0)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw one recording: its mel-spectrogram and its likeliest classes")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes a GPU if there is one (default auto)")
     parser.add_argument("--onnx", metavar="FILE", help="write the network, from waveform to probabilities, as an ONNX graph")
@@ -51,8 +52,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--top {args.top}: expected 1 or more")
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g}: expected a probability from 0 to 1")
-    if args.onnx is not None and not args.onnx.endswith(".onnx"):  # never writes over a recording
-        raise UserError(f"--onnx {args.onnx}: expected a name that ends in .onnx")
+    for flag, file, ending in (("--onnx", args.onnx, ".onnx"), ("--plot", args.plot, ".png")):
+        if file is not None and not file.endswith(ending):  # never writes over a recording
+            raise UserError(f"{flag} {file}: expected a name that ends in {ending}")
     if "" in (args.model, *args.recordings) or not (args.recordings or args.onnx):
         raise UserError("FILE_OR_FOLDER: is missing or empty; name recordings to predict, or a file for --onnx")
     return args
@@ -69,10 +71,11 @@ import models
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
-from util import rundir
+from util import report, rundir
 from util.recordings import find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
+PLOT_COLUMNS = 2000  # of a spectrogram, at most; more than a picture has pixels
 
 
 class Predictor(torch.nn.Module):
@@ -125,15 +128,19 @@ class Ensemble:
 
     def __init__(self, paths: list[Path], device: torch.device):
         self.predictors, self.device = [Predictor(path).to(device) for path in paths], device
-        self.classes = self.predictors[0].classes
+        self.classes, self.params = self.predictors[0].classes, self.predictors[0].params
         for path, predictor in zip(paths, self.predictors):
             parts = [{"classes": each.classes, **vars(each.params)} for each in (predictor, self.predictors[0])]
             rundir.check_same(f"{path}: cannot predict together with {paths[0]}", *parts)
 
+    def features(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Waveforms (B, 1, 220500) -> mel-spectrograms (B, 1, 128, 431), on the device."""
+        return self.predictors[0].features(waveforms.to(self.device))
+
     @torch.inference_mode()
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU."""
-        features = self.predictors[0].features(waveforms.to(self.device))
+        features = self.features(waveforms)
         return torch.stack([predictor.classify(features) for predictor in self.predictors]).mean(dim=0).cpu()
 
 
@@ -161,16 +168,17 @@ def find_checkpoints(path: Path) -> list[Path]:
 def predict(ensemble: Ensemble, name: str, hop: int, top: int, threshold: float = 0.0):
     """Yield the rows of one recording: each window as soon as it is heard; at last the mean, with notes on the recording.
 
-    hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, top
-    (class and probability, likeliest first; the class of a single one is "-" if the likeliest is below `threshold`). In the
-    mean, a last window that is not full weighs less. Raises UserError if the recording cannot be read.
+    hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, probabilities
+    (classes,), top (class and probability, likeliest first; the class of a single one is "-" if the likeliest is below
+    `threshold`). In the mean, a last window that is not full weighs less. Raises UserError if the recording cannot be read.
     """
     def row(window: int | str, start: int, end: int, probabilities: torch.Tensor) -> dict:
         guesses = [{"class": ensemble.classes[index], "probability": value.item()}
                    for value, index in zip(*probabilities.topk(min(top, len(ensemble.classes))))]
         if guesses[0]["probability"] < threshold:
             guesses = [guesses[0] | {"class": "-"}]
-        return {"window": window, "start_s": start / SAMPLE_RATE, "end_s": end / SAMPLE_RATE, "top": guesses}
+        return {"window": window, "start_s": start / SAMPLE_RATE, "end_s": end / SAMPLE_RATE, "top": guesses,
+                "probabilities": probabilities}
 
     notes, count, heard, total = [], 0, 0, 0.0
     found = dsets.windows(name, hop, notes)
@@ -193,7 +201,7 @@ def print_row(name: str, row: dict, form: str) -> None:
             [name, row["window"], *span, rank, guess["class"], f"{guess['probability']:.6f}"]
             for rank, guess in enumerate(row["top"], start=1))
     else:
-        print(json.dumps({"file": name, **row}))
+        print(json.dumps({"file": name, **{key: row[key] for key in row if key != "probabilities"}}))
 
 
 def print_recording(name: str, windows: list[dict], mean: dict, form: str, is_first: bool) -> None:
@@ -219,6 +227,24 @@ def window_edges(windows: list[dict]) -> list[float]:
     starts = [row["start_s"] for row in windows]
     between = [(one + other) / 2 + CLIP_SAMPLES / SAMPLE_RATE / 2 for one, other in itertools.pairwise(starts)]
     return [0.0, *between, windows[-1]["end_s"]]
+
+
+def draw(ensemble: Ensemble, name: str, windows: list[dict], path: Path) -> None:
+    """Draw a recording's mel-spectrogram, for which it is read once more, and its windows' rows, as PNG.
+
+    Each column shows the loudest of its frames. Raises UserError if the file cannot be written.
+    """
+    params, samples = ensemble.params, round(windows[-1]["end_s"] * SAMPLE_RATE)
+    columns = max(1, min(PLOT_COLUMNS, samples // params.hop_length))
+    picture = torch.full((params.n_mels, columns), -math.inf)
+    for start, length, waveform in dsets.windows(name):  # side by side
+        frames = torch.arange(length // params.hop_length + 1)  # those of the recording, not of the padding
+        feature = ensemble.features(waveform[None])[0, 0].cpu()[:, frames]  # (1, 1, 220500) -> (mels, frames)
+        column = ((start + params.hop_length * frames) * columns // samples).clamp(max=columns - 1)
+        picture.scatter_reduce_(1, column.expand(params.n_mels, -1), feature, "amax")
+    probabilities = torch.stack([row["probabilities"] for row in windows])  # (windows, classes)
+    figure = report.recording_figure(picture.numpy(), params, window_edges(windows), probabilities.numpy(), ensemble.classes)
+    write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=100))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -251,8 +277,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.recordings:
         return 0
     names = [found for name in args.recordings for found in find_recordings(name)]
-    if len(names) > 1 and args.format == "labels":
-        raise UserError(f"--format labels: expected one recording, found {len(names)}; name one")
+    if len(names) > 1 and (args.plot or args.format == "labels"):
+        raise UserError(f"{'--plot' if args.plot else '--format labels'}: expected one recording, found {len(names)}; name one")
+    if args.plot and names == ["-"]:
+        raise UserError("--plot: cannot draw standard input, which is read only once; save it to a file and name that")
     ensemble = Ensemble(paths, machine.choose_device(args.device))
     print({"csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}.get(args.format, ""), end="")
     failed, interrupts = 0, []
@@ -272,6 +300,8 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
             for note in [] if interrupts else mean["notes"]:  # that an interrupted stream lacks its end is known
                 print_error("predict.py", f"note: {name}: {note}")
+            if args.plot:
+                draw(ensemble, name, windows, Path(args.plot))
         except UserError as error:
             print_error("predict.py", str(error))
             failed += 1

@@ -17,12 +17,15 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 import dsets
 import models
 import predict
 from conftest import CPU, PROJECT, Tiny, run
 from dsets import SAMPLE_RATE
+from util import report
 
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 PROGRAM = "import conftest, models, predict, sys; models.MODELS['cnn8'] = conftest.Tiny; sys.exit(predict.main(sys.argv[1:]))"
@@ -418,8 +421,45 @@ def test_notes_on_a_recording_are_told(one, wav, capsys, monkeypatch):
     assert call_json(capsys, one, wav)[0]["notes"] == ["is odd"]
 
 
-def test_one_recording_is_labeled(one, wav, pipe, capsys):
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seconds, columns", [
+    (0.005, 1), (5, 430), pytest.param(61.7, 2000, marks=pytest.mark.slow)])
+def test_the_picture_shows_every_moment_of_a_recording(one, tmp_path, capsys, monkeypatch, seconds, columns):
+    samples = 1e-3 * noise(seconds)[:, 0]
+    clicks = [second for second in (0, 0.5, 4.99, 5, 7.3, 61.65) if second < seconds]
+    samples[[round(second * SAMPLE_RATE) for second in clicks]] = 1.0
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    seen = []
+    figure = report.recording_figure
+    monkeypatch.setattr(report, "recording_figure", lambda *arguments: seen.append(arguments) or figure(*arguments))
+    table, _ = call(capsys, one, tmp_path / "a.wav", "--plot", tmp_path / "a.png")
+    assert table == call(capsys, one, tmp_path / "a.wav")[0]
+    picture, _, edges, probabilities, classes = seen[0]
+    assert picture.shape == (128, columns) and np.isfinite(picture).all()
+    assert edges[0] == 0 and edges[-1] == pytest.approx(seconds, abs=1e-4) and len(edges) == len(probabilities) + 1
+    assert probabilities.sum(axis=1) == pytest.approx(1) and len(classes) == probabilities.shape[1]
+    levels = picture.mean(axis=0)
+    width = 1024 / SAMPLE_RATE * columns / seconds + 1.5  # of half a window, in columns
+    loud = np.zeros(columns, bool)
+    for second in clicks:
+        near = np.abs(np.arange(columns) + 0.5 - second / seconds * columns) <= width
+        assert levels[near].max() > levels.min() + 10 or near.all()
+        loud |= near
+    assert not (levels[~loud] > levels.min() + 10).any()
+    assert min(imread(tmp_path / "a.png").shape[:2]) >= 400
+
+
+def test_one_recording_is_drawn_or_labeled(one, wav, pipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "recording_figure", lambda *arguments: Figure(figsize=(0.2, 0.2)))
+    refuse(capsys, one, wav, pipe, "--plot", "a.png", words="--plot: expected one recording, found 2")
     refuse(capsys, one, wav.parent, "--format", "labels", words="--format labels: expected one recording, found 24")
+    refuse(capsys, one, "-", "--plot", "a.png", words="--plot: cannot draw standard input")
+    assert not Path("a.png").exists()
+    assert "absent" in call(capsys, one, wav, "--plot", Path("absent", "a.png"), status=2)[1]
+    call(capsys, one, tmp_path, "--format", "labels", "--plot", "a.png")  # a folder that holds one
+    assert Path("a.png").exists()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -441,7 +481,8 @@ def test_a_bad_file_is_named_and_the_rest_go_on(one, wav, tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--hop", "0"], "--hop 0"), (["--hop", "6"], "--hop 6"), (["--hop", "nan"], "--hop nan"), (["--top", "0"], "--top 0"),
     (["--format", "xml"], "--format"), (["--device", "tpu"], "--device"), (["--threshold", "-0.1"], "--threshold -0.1"),
-    (["--threshold", "50"], "--threshold 50"), (["--threshold", "nan"], "--threshold nan"), (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"),
+    (["--threshold", "50"], "--threshold 50"), (["--threshold", "nan"], "--threshold nan"), (["--plot", "a.wav"], "--plot a.wav"),
+    (["--plot", ""], "--plot"), (["--onnx", "a.wav"], "--onnx a.wav"), (["--onnx", ""], "--onnx"), ([""], "FILE_OR_FOLDER"),
     (["--tops", "1"], "--tops")])
 def test_bad_flags_are_refused_in_one_line(one, wav, capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

@@ -82,6 +82,32 @@ def test_a_tone_is_drawn_at_its_frequency_and_time(params):
         assert 2 <= left + (frame - first + 0.5) * (right - left) / width <= 3
 
 
+@pytest.mark.parametrize("seconds, unit, end", [(5, "s", 5), (3600, "min", 60), (36_000, "h", 10)])
+def test_a_recording_is_drawn_over_its_likeliest_classes(seconds, unit, end):
+    windows = seconds // 2
+    short = windows // 4 * 2 + 1  # an odd one: never the first of several that are drawn as one
+    probabilities = np.full((windows, 12), 0.01)
+    probabilities[:, 3] = 0.5
+    probabilities[short, 7] = 0.9  # one moment of all, which may be less than a pixel
+    edges = list(np.linspace(0, seconds, windows + 1))
+    params, classes = dsets.FeatureParams(), [f"${number}" for number in range(12)]
+    upper, lower, *_ = report.recording_figure(np.zeros((128, 50)), params, edges, probabilities, classes).axes
+    assert upper.get_xlim() == lower.get_xlim() == (0, end) and lower.get_xlabel() == f"time ({unit})"
+    labels = lower.get_yticklabels()
+    assert [label.get_text() for label in labels][:2] == ["$7", "$3"] and len(labels) == 8 and not labels[0].get_parse_math()
+    mesh, = lower.collections
+    values, times = np.asarray(mesh.get_array()), mesh.get_coordinates()[0, :, 0]
+    moment = int(values[0].argmax())
+    assert values[0, moment] == 0.9 and times[moment] <= edges[short] * end / seconds < times[moment + 1]
+    assert (values[1] == 0.5).all() and values.shape[1] <= 1000
+    assert lower.transData.transform((0, 0.5))[1] > lower.transData.transform((0, 1.5))[1], "the likeliest on top"
+
+
+def test_silence_is_drawn_dark():
+    upper = report.recording_figure(np.full((128, 50), -100.0), dsets.FeatureParams(), [0, 5], np.ones((1, 1)), ["a"]).axes[0]
+    assert upper.images[0].norm(-100.0) == 0
+
+
 # --- a run with its real pictures -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,34 @@ def draw_mel(axes, feature, params, sample_rate: int, low: int = 0, first: int =
     return image
 
 
+def recording_figure(picture, params, edges: list[float], probabilities, classes: list[str]):
+    """A recording's mel-spectrogram (mels, columns) in dB, and below it its eight likeliest classes over time.
+
+    probabilities: (windows, classes); edges: the times (windows + 1,) in s between which each window speaks.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    unit, seconds = ("s", 1) if edges[-1] < 180 else ("min", 60) if edges[-1] < 3 * 3600 else ("h", 3600)
+    times = np.array(edges) / seconds
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    floor = 10 * np.log10(params.amin)  # dB
+    loudest = max(picture.max(), floor + params.top_db)  # or silence would be as bright as what is loudest
+    image = draw_mel(upper, picture, params, 1, vmin=loudest - params.top_db, vmax=loudest)
+    image.set_extent((0, times[-1], *image.get_extent()[2:]))  # a column is not a frame
+    upper.set(xlabel=None, xlim=(0, times[-1]))
+    figure.colorbar(image, ax=upper, label="dB", pad=0.01)
+    likeliest = probabilities.max(axis=0).argsort()[::-1][:8]
+    first = np.arange(0, len(probabilities), -(-len(probabilities) // 1000))  # of the windows drawn as one: no more than pixels
+    image = lower.pcolormesh(np.append(times[first], times[-1]), range(len(likeliest) + 1),
+                             np.maximum.reduceat(probabilities[:, likeliest], first).T, cmap="Blues", vmin=0, vmax=1)
+    lower.set_yticks(np.arange(len(likeliest)) + 0.5, [classes[index] for index in likeliest], parse_math=False)
+    lower.set(xlabel=f"time ({unit})")
+    lower.invert_yaxis()  # the likeliest on top
+    figure.colorbar(image, ax=lower, label="probability", pad=0.01)
+    return figure
+
+
 def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]):
     """curves.png, from rows of metrics.jsonl, and confusion.png, from class indices (N,); returns the latter's figure."""
     from sklearn.metrics import confusion_matrix
