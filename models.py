@@ -4,6 +4,7 @@
 The shapes in the comments are those of an example of (1, 100 mels, 384 frames).
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -167,6 +168,23 @@ def build_model(name: str, num_classes: int = 50, input_shape: tuple[int, int, i
     if name not in MODELS:
         raise ValueError(f"model {name!r}: expected one of {', '.join(MODELS)}")
     return MODELS[name](num_classes, input_shape)
+
+
+def class_activation_maps(model: nn.Module, examples: torch.Tensor) -> torch.Tensor:
+    """What each place of the examples (B, 1, 100, 384) adds to each logit: (B, num_classes, 7, 24) for cnn8.
+
+    Exact: their mean over the places is the logits, bias included. A linear layer after an average is the average of the
+    layer at every place (class activation maps: Zhou et al., CVPR 2016). Raises ValueError for a model that does not end so.
+    """
+    if not (hasattr(model, "avgpool") and hasattr(model, "fc")):
+        raise ValueError(f"{type(model).__name__}: does not end with avgpool and fc, as cnn8 and resnet18 do")
+    before_pool = []
+    handle = model.avgpool.register_forward_pre_hook(lambda _, inputs: before_pool.append(inputs[0]))
+    try:
+        model(examples)
+    finally:
+        handle.remove()
+    return F.conv2d(before_pool[0], model.fc.weight[:, :, None, None], model.fc.bias)  # (B, 256, 7, 24) -> (B, 50, 7, 24)
 
 
 def describe(model: nn.Module, input_shape: tuple[int, int, int] = (1, 100, 384)) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from conftest import OTHER_PARAMS
+from conftest import OTHER_PARAMS, Tiny
 from dsets import FeatureParams
 from util import config
 
@@ -157,6 +157,42 @@ def test_examples_too_small_for_the_network_refused():
     with pytest.raises(ValueError, match="cnn4"):
         models.build_model("cnn4", input_shape=(1, 38, 384))
     assert models.build_model("cnn4", 3, (1, 39, 39))(examples(2, (1, 39, 39))).shape == (2, 3)
+
+
+@pytest.mark.parametrize("input_shape", SHAPES)
+@pytest.mark.parametrize("name", ["cnn8", "resnet18"])
+def test_the_mean_of_class_activation_maps_is_the_logits(name, input_shape):
+    model = models.build_model(name, 7, input_shape).eval()
+    torch.nn.init.normal_(model.fc.bias)
+    batch = examples(3, input_shape)
+    with torch.inference_mode():
+        maps = models.class_activation_maps(model, batch)
+        torch.testing.assert_close(maps.mean(dim=(2, 3)), model(batch), atol=1e-4, rtol=1e-4)
+    stride = {"cnn8": 16, "resnet18": 32}[name]
+    assert maps.shape == (3, 7, *(math.ceil(size / stride) for size in input_shape[1:]))
+    assert not model.avgpool._forward_pre_hooks
+
+
+def test_class_activation_maps_worked_by_hand():
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.avgpool, self.fc = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.fc(self.avgpool(x).flatten(1))
+
+    head = Head()
+    head.load_state_dict({"fc.weight": torch.tensor([[1.0, 0.0], [2.0, -1.0]]), "fc.bias": torch.tensor([0.5, 0.0])})
+    example = torch.tensor([[[[1.0, 3.0]], [[0.0, 4.0]]]])  # two channels of one row: at the left (1, 0), at the right (3, 4)
+    assert models.class_activation_maps(head, example).tolist() == [[[[1.5, 3.5]], [[2.0, 2.0]]]]
+    assert head(example).tolist() == [[2.5, 2.0]]
+
+
+def test_class_activation_maps_need_an_average_before_the_head():
+    for model in (models.build_model("cnn4"), Tiny()):
+        with pytest.raises(ValueError, match="avgpool"):
+            models.class_activation_maps(model, examples(1))
 
 
 @pytest.mark.slow

@@ -108,6 +108,25 @@ def test_silence_is_drawn_dark():
     assert upper.images[0].norm(-100.0) == 0
 
 
+@pytest.mark.parametrize("name, mel, frame", [("cnn8", 48, 160), ("resnet18", 64, 160)])
+def test_a_class_activation_map_is_drawn_where_the_network_heard_it(name, mel, frame):
+    model = models.build_model(name, 1).eval()
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1 / parameter[0].numel())  # all kernels are averages: the map peaks above a peak
+    example = torch.zeros(1, 1, 100, 384)
+    example[0, 0, mel, frame] = 1
+    with torch.inference_mode():
+        activations = models.class_activation_maps(model, example)[0, 0].numpy()
+    axes, params = Figure().subplots(), dsets.FeatureParams()
+    image = report.draw_activation_map(axes, example[0, 0].numpy(), activations, params, dsets.SAMPLE_RATE, 14, 23, 1.0)
+    row, column = np.unravel_index(activations.argmax(), activations.shape)
+    left, right, bottom, top = image.get_extent()
+    assert bottom + (row + 0.5) * (top - bottom) / activations.shape[0] == pytest.approx(14 + mel)
+    seconds = params.hop_length / dsets.SAMPLE_RATE
+    assert left + (column + 0.5) * (right - left) / activations.shape[1] == pytest.approx((23 + frame) * seconds)
+    assert [*axes.get_xlim(), *axes.get_ylim()] == pytest.approx(axes.images[0].get_extent()), "the crop alone is in sight"
+
+
 # --- a run with its real pictures -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

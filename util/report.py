@@ -76,13 +76,14 @@ def examples_figure(examples, titles: list[str]):
 def draw_mel(axes, feature, params, sample_rate: int, low: int = 0, first: int = 0, **options):
     """Draw a mel-spectrogram (mels, frames), or a crop with the corner (low, first), with axes in s and Hz; returns the image.
 
-    params: the dsets.FeatureParams; options: those of imshow, as vmin and vmax.
+    params: the dsets.FeatureParams; options: those of imshow, as vmin, vmax and cmap.
     """
     import numpy as np
     mels, frames = feature.shape
     seconds = params.hop_length / sample_rate  # a frame
     extent = (seconds * (first - 0.5), seconds * (first + frames - 0.5), low - 0.5, low + mels - 0.5)
-    image = axes.imshow(feature, origin="lower", aspect="auto", cmap="magma", extent=extent, **options)  # darkens evenly in gray
+    options = {"cmap": "magma", **options}  # darkens evenly in gray
+    image = axes.imshow(feature, origin="lower", aspect="auto", extent=extent, **options)
     # HTK's mel scale: the filters' centers lie evenly between the mels of f_min and f_max
     hertz = np.array([100, 300, 700, 1500, 3000, 6000, 12_000])
     ends = 2595 * np.log10(1 + np.array([params.f_min, params.f_max]) / 700)
@@ -119,6 +120,25 @@ def recording_figure(picture, params, edges: list[float], probabilities, classes
     lower.invert_yaxis()  # the likeliest on top
     figure.colorbar(image, ax=lower, label="probability", pad=0.01)
     return figure
+
+
+def draw_activation_map(axes, feature, activations, params, sample_rate: int, low: int, first: int, limit: float):
+    """Draw a crop (mels, frames) in gray with a class activation map (h, w) over it; returns the map's image.
+
+    Red speaks for the class and blue against it, up to +-limit. A place of the map is the center of a window of the crop; the
+    first one is the crop's corner, and the next lie a power of two apart: 16 mels and frames for cnn8, 32 for resnet18.
+    """
+    import math
+    draw_mel(axes, feature, params, sample_rate, low, first, cmap="gray")
+    left, right, bottom, top = axes.images[-1].get_extent()
+    step = 2 ** math.ceil(math.log2(feature.shape[1] / activations.shape[1]))  # strides of 2 halve a size and round it up
+    seconds = params.hop_length / sample_rate
+    extent = (seconds * (first - step / 2), seconds * (first + step * (activations.shape[1] - 0.5)),
+              low - step / 2, low + step * (activations.shape[0] - 0.5))
+    image = axes.imshow(activations, origin="lower", aspect="auto", extent=extent, interpolation="bilinear", cmap="RdBu_r",
+                        vmin=-limit, vmax=limit, alpha=(0.7 * abs(activations) / limit).clip(max=0.7))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    return image
 
 
 def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]):
