@@ -10,6 +10,7 @@ from conftest import PROJECT, run
 
 NOTEBOOKS = PROJECT / "notebooks"
 NAMES = ["spectrograms", "augmentation", "results"]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,8 @@ def test_notebooks_run_from_top_to_bottom(name, shared_root, runs_dir, monkeypat
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 4
+    widgets = [output["data"] for output in outputs if WIDGET in output.get("data", {})]
+    assert len(widgets) == (name != "results") and all("image/jpeg" in data for data in widgets), "an explorer, with a picture"
     texts = "".join(str(output) for output in outputs)
     assert name != "results" or "other data" in texts, "runs on different data are compared without a word"
 
@@ -43,5 +46,6 @@ def test_notebooks_are_kept_with_small_outputs(name):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "executed once, in order"
     assert not [cell for cell in cells if any(output.output_type == "error" for output in cell.outputs)]
+    assert "widgets" not in notebook.metadata and WIDGET not in str(cells), "a widget needs a kernel: its picture alone is kept"
     texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for cell in cells for output in cell.outputs]
     assert not [text for text in texts if str(PROJECT) in text], "a path of one machine"
