@@ -1,4 +1,5 @@
 """The machine: device, precision, deterministic algorithms, memory, compiled code, busy cores."""
+import getpass
 import os
 import platform
 import shutil
@@ -129,3 +130,15 @@ def test_busy_cores_are_noted_with_the_remedy(monkeypatch, machine, remedy):
     pretend(monkeypatch, **machine)
     note = device.busy_note()
     assert remedy in note and note.strip().count("\n") == 0 if remedy else note == ""
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    pwd = pytest.importorskip("pwd")  # not on Windows
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    device.name_user()
+    assert getpass.getuser() == f"user-{os.getuid()}"

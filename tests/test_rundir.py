@@ -243,7 +243,7 @@ def test_a_run_goes_on_only_with_the_same(reference, part, name):
 
 def test_resume_refuses_other_versions(reference, capsys):
     change_run_config(reference, versions={"torch": "1.0"})
-    run("--resume", reference, status=2)
+    run("--resume", reference, "--epochs", 3, status=2)
     error = error_line(capsys)
     assert f"torch 1.0, here {version('torch')}" in error and str(reference) in error
 
@@ -308,3 +308,11 @@ def test_a_command_that_joins_waits_for_the_folders_lock(tmp_path, shared_run):
         assert joining.is_alive() and not (tmp_path / "run.json").exists()
     joining.join()
     assert run_config_of(tmp_path) == run_config_of(shared_run)
+
+
+def test_a_file_system_without_locks_is_refused_by_folder(tmp_path, monkeypatch):
+    def without_locks(self, *arguments, **keywords):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+    monkeypatch.setattr(rundir.filelock.FileLock, "acquire", without_locks)
+    message = refused(rundir.lock_training(tmp_path).__enter__)
+    assert str(tmp_path) in message and "another process" not in message

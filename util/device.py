@@ -1,6 +1,7 @@
 """What the machine has and how it is used: device, precision, deterministic algorithms, memory, cores."""
 import contextlib
 import ctypes
+import getpass
 import logging
 import os
 import platform
@@ -57,6 +58,14 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 2 ** 31 - 1)
     for size in (2 ** 25, 2 ** 30):  # glibc before 2.35 refuses the second; its limit is the first
         libc.mallopt(mmap_threshold, size)
+
+
+def name_user() -> None:
+    """Give a user without a name one (docker --user, Kubernetes): torch's compiler, which is imported anyway, asks for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # before and since Python 3.13
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
 
 
 def compile_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "torchaudio", "numpy", "scikit-learn", "pandas", "av", "so
 RUN_CONFIG_TYPES = {"flags": dict, "features": dict, "versions": dict, "git": dict, "hardware": dict, "hardware.threads": int,
                     "hardware.world_size": int, "data": dict, "data.fingerprint": str, "sessions": list,
                     "flags.seed": list, "flags.fold": list, "flags.epochs": int}
-ROW_TYPES = {"seed": int, "fold": int, "epoch": int, "phase": str, "loss": float, "accuracy": float, "precision": float,
+ROW_TYPES = {"seed": int, "fold": (int, str), "epoch": int, "phase": str, "loss": float, "accuracy": float, "precision": float,
              "recall": float, "f1": float, "seconds": float}
 
 
@@ -86,7 +86,7 @@ def record_run(run_dir: Path, run_config: dict, may_differ: set[str], resume: bo
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be made ({error.strerror}); name another folder") from error
-    with filelock.FileLock(run_dir / "lock"):  # other commands may join at the same moment
+    with lock(run_dir):  # other commands may join at the same moment
         begun = [(seed, fold) for seed in flags["seed"] for fold in flags["fold"] if training_dir(run_dir, seed, fold).exists()]
         if begun and not resume:
             raise UserError(f"--run-dir {run_dir}: (seed, fold) {begun[0]} has already begun there; continue it with --resume "
@@ -103,11 +103,18 @@ def record_run(run_dir: Path, run_config: dict, may_differ: set[str], resume: bo
 
 def with_session(run_config: dict, now: dict) -> dict:
     """A run_config with the seeds, folds and epochs of another command, and what that command runs on."""
-    flags = {name: sorted({*run_config["flags"][name], *now["flags"][name]}) for name in ("seed", "fold")}
+    flags = {name: sorted({*run_config["flags"][name], *now["flags"][name]}, key=lambda value: (value == "none", value))
+             for name in ("seed", "fold")}
     session = {name: now[name] for name in ("started", "command", "hardware", "git")}
     session["hardware"] = now["hardware"] | {"threads": run_config["hardware"]["threads"]}  # it uses as many
     return {**run_config, "flags": {**run_config["flags"], **flags, "epochs": now["flags"]["epochs"]},
             "sessions": [*run_config["sessions"], session]}
+
+
+def check_same_data(run_dir: Path, then: dict, now: dict) -> None:
+    if now["data"]["fingerprint"] != then["data"]["fingerprint"]:
+        raise UserError(f"--data {now['flags']['data']}: is not the data that the run in {run_dir} began with (its fingerprint "
+                        f"differs); name the right folder with --data")
 
 
 def check_same_run(run_dir: Path, then: dict, now: dict) -> None:
@@ -117,9 +124,7 @@ def check_same_run(run_dir: Path, then: dict, now: dict) -> None:
     check_same(f"{run_dir}: cannot continue here; launch the same number (torchrun --nproc-per-node), or start a new run", *sizes)
     check_same(f"{run_dir}: has other features; use the same, or start a new run", then["features"], now["features"])
     check_same(f"{run_dir}: cannot continue here; install the former, or start a new run", *versions)
-    if now["data"]["fingerprint"] != then["data"]["fingerprint"]:
-        raise UserError(f"--data {now['flags']['data']}: is not the data that the run in {run_dir} began with (its fingerprint "
-                        f"differs); name the right folder with --data")
+    check_same_data(run_dir, then, now)
 
 
 def check_same(message: str, then: dict, now: dict) -> None:
@@ -140,8 +145,24 @@ def new_run_dir(tb_prefix: str, comment: str) -> Path:
             return run_dir
 
 
-def training_dir(run_dir: Path, seed: int, fold: int) -> Path:
+def training_dir(run_dir: Path, seed: int, fold: int | str) -> Path:
     return run_dir / f"seed-{seed}" / f"fold-{fold}"
+
+
+@contextlib.contextmanager
+def lock(folder: Path, timeout: float = -1):
+    """Hold a folder's lock file, waiting for at most `timeout` s (-1: for ever); UserError where locks are not to be had."""
+    held = filelock.FileLock(folder / "lock", timeout=timeout)
+    try:
+        held.acquire()
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, filelock.Timeout):
+            raise
+        raise UserError(f"{folder}: its file system has no locks ({reason(error)}); name a folder on another disk") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextlib.contextmanager
@@ -149,7 +170,7 @@ def lock_training(folder: Path):
     """Hold the training in `folder`, at most until the process dies; UserError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / "lock", timeout=0):
+        with lock(folder, timeout=0):
             remove_parts(folder)
             yield
     except filelock.Timeout:
@@ -176,4 +197,5 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def is_finished(folder: Path, epochs: int) -> bool:
     """Whether a training has done its last epoch and written all its files."""
-    return len(read_metrics(folder)) == 2 * epochs and (folder / "report.csv").exists()
+    rows, last_file = (epochs, "curves.png") if folder.name == "fold-none" else (2 * epochs, "report.csv")
+    return len(read_metrics(folder)) == rows and (folder / last_file).exists()
