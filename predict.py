@@ -8,6 +8,7 @@
 """
 import argparse
 import contextlib
+import copy
 import csv
 import itertools
 import json
@@ -78,7 +79,7 @@ BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so man
 PLOT_COLUMNS = 2000  # of a spectrogram, at most; more than a picture has pixels
 
 
-class Predictor(torch.nn.Module):
+class Network(torch.nn.Module):
     """Waveforms (B, 1, 220500) at 44 100 Hz -> probabilities (B, classes) of one checkpoint's network.
 
     Features, normalization, crops and precision are those of the network's validation.
@@ -123,25 +124,39 @@ class Predictor(torch.nn.Module):
         return logits.float().unflatten(0, (self.tta_crops, count)).mean(dim=0).softmax(dim=1)  # -> (B, classes)
 
 
-class Ensemble:
-    """The mean probabilities of networks, one or more, that know the same classes by the same features."""
+class Predictor:
+    """What a run's networks hear, by their mean: Predictor("runs/CNN/...")("recording.m4a").
 
-    def __init__(self, paths: list[Path], device: torch.device):
-        self.predictors, self.device = [Predictor(path).to(device) for path in paths], device
-        self.classes, self.params = self.predictors[0].classes, self.predictors[0].params
-        for path, predictor in zip(paths, self.predictors):
-            parts = [{"classes": each.classes, **vars(each.params)} for each in (predictor, self.predictors[0])]
-            rundir.check_same(f"{path}: cannot predict together with {paths[0]}", *parts)
+    path: a run's folder (its finished trainings predict together), a training's folder, or a checkpoint. device: see --device.
+    Raises UserError if there is none, or if they do not know the same classes by the same features.
+    """
+
+    def __init__(self, path: str | Path, device: str = "auto"):
+        self.device, paths = machine.choose_device(device), find_checkpoints(Path(spell_as_on_disk(str(path))))
+        self.networks = [Network(each).to(self.device) for each in paths]
+        self.classes, self.params = self.networks[0].classes, self.networks[0].params
+        for each, network in zip(paths, self.networks):
+            parts = [{"classes": one.classes, **vars(one.params)} for one in (network, self.networks[0])]
+            rundir.check_same(f"{each}: cannot predict together with {paths[0]}", *parts)
 
     def features(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Waveforms (B, 1, 220500) -> mel-spectrograms (B, 1, 128, 431), on the device."""
-        return self.predictors[0].features(waveforms.to(self.device))
+        return self.networks[0].features(waveforms.to(self.device))
 
     @torch.inference_mode()
-    def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU."""
-        features = self.features(waveforms)
-        return torch.stack([predictor.classify(features) for predictor in self.predictors]).mean(dim=0).cpu()
+    def __call__(self, sound: torch.Tensor | str | Path, hop: float = 2.5):
+        """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU. Of a recording's name, a dictionary:
+
+        file, starts and ends (W,) of its windows in s, one every `hop` s, probabilities (W, classes), their mean (classes,),
+        and notes on what is odd. Raises UserError if the recording cannot be read.
+        """
+        if isinstance(sound, torch.Tensor):
+            features = self.features(sound)
+            return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()
+        *windows, mean = predict(self, str(sound), round(hop * SAMPLE_RATE), top=1)
+        starts, ends = (torch.tensor([row[name] for row in windows]) for name in ("start_s", "end_s"))
+        return {"file": str(sound), "starts": starts, "ends": ends, "mean": mean["probabilities"].float(), "notes": mean["notes"],
+                "probabilities": torch.stack([row["probabilities"] for row in windows])}
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -165,7 +180,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     return finished
 
 
-def predict(ensemble: Ensemble, name: str, hop: int, top: int, threshold: float = 0.0):
+def predict(predictor: Predictor, name: str, hop: int, top: int, threshold: float = 0.0):
     """Yield the rows of one recording: each window as soon as it is heard; at last the mean, with notes on the recording.
 
     hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, probabilities
@@ -173,8 +188,8 @@ def predict(ensemble: Ensemble, name: str, hop: int, top: int, threshold: float 
     `threshold`). In the mean, a last window that is not full weighs less. Raises UserError if the recording cannot be read.
     """
     def row(window: int | str, start: int, end: int, probabilities: torch.Tensor) -> dict:
-        guesses = [{"class": ensemble.classes[index], "probability": value.item()}
-                   for value, index in zip(*probabilities.topk(min(top, len(ensemble.classes))))]
+        guesses = [{"class": predictor.classes[index], "probability": value.item()}
+                   for value, index in zip(*probabilities.topk(min(top, len(predictor.classes))))]
         if guesses[0]["probability"] < threshold:
             guesses = [guesses[0] | {"class": "-"}]
         return {"window": window, "start_s": start / SAMPLE_RATE, "end_s": end / SAMPLE_RATE, "top": guesses,
@@ -183,7 +198,7 @@ def predict(ensemble: Ensemble, name: str, hop: int, top: int, threshold: float 
     notes, count, heard, total = [], 0, 0, 0.0
     found = dsets.windows(name, hop, notes)
     while batch := list(itertools.islice(found, 1 if name == "-" else BATCH_WINDOWS)):
-        for (start, length, _), probabilities in zip(batch, ensemble(torch.stack([waveform for _, _, waveform in batch]))):
+        for (start, length, _), probabilities in zip(batch, predictor(torch.stack([waveform for _, _, waveform in batch]))):
             yield row(count, start, start + length, probabilities)
             count, heard, total = count + 1, heard + length, total + length * probabilities.double()
     yield row("mean", 0, start + length, total / heard) | {"notes": notes}
@@ -229,21 +244,21 @@ def window_edges(windows: list[dict]) -> list[float]:
     return [0.0, *between, windows[-1]["end_s"]]
 
 
-def draw(ensemble: Ensemble, name: str, windows: list[dict], path: Path) -> None:
+def draw(predictor: Predictor, name: str, windows: list[dict], path: Path) -> None:
     """Draw a recording's mel-spectrogram, for which it is read once more, and its windows' rows, as PNG.
 
     Each column shows the loudest of its frames. Raises UserError if the file cannot be written.
     """
-    params, samples = ensemble.params, round(windows[-1]["end_s"] * SAMPLE_RATE)
+    params, samples = predictor.params, round(windows[-1]["end_s"] * SAMPLE_RATE)
     columns = max(1, min(PLOT_COLUMNS, samples // params.hop_length))
     picture = torch.full((params.n_mels, columns), -math.inf)
     for start, length, waveform in dsets.windows(name):  # side by side
         frames = torch.arange(length // params.hop_length + 1)  # those of the recording, not of the padding
-        feature = ensemble.features(waveform[None])[0, 0].cpu()[:, frames]  # (1, 1, 220500) -> (mels, frames)
+        feature = predictor.features(waveform[None])[0, 0].cpu()[:, frames]  # (1, 1, 220500) -> (mels, frames)
         column = ((start + params.hop_length * frames) * columns // samples).clamp(max=columns - 1)
         picture.scatter_reduce_(1, column.expand(params.n_mels, -1), feature, "amax")
     probabilities = torch.stack([row["probabilities"] for row in windows])  # (windows, classes)
-    figure = report.recording_figure(picture.numpy(), params, window_edges(windows), probabilities.numpy(), ensemble.classes)
+    figure = report.recording_figure(picture.numpy(), params, window_edges(windows), probabilities.numpy(), predictor.classes)
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=100))
 
 
@@ -266,12 +281,12 @@ def interrupt_ends_input(interrupts: list):
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = find_checkpoints(Path(spell_as_on_disk(args.model)))
+    predictor = Predictor(args.model, args.device)
     if args.onnx:
-        if len(paths) > 1:
-            raise UserError(f"--onnx {args.onnx}: expected one network, {args.model} holds several; name one ({paths[0].parent})")
+        if len(predictor.networks) > 1:
+            raise UserError(f"--onnx {args.onnx}: expected one network, {args.model} holds several; name one of its trainings")
         from util import export
-        difference = export.export_onnx(Predictor(paths[0]), Path(args.onnx))
+        difference = export.export_onnx(copy.deepcopy(predictor.networks[0]).cpu(), Path(args.onnx))
         print(f"{args.onnx}: waveform (batch, {CLIP_SAMPLES}) -> probabilities (batch, classes); onnxruntime agrees with torch "
               f"to {difference:.1e}", file=sys.stderr)
     if not args.recordings:
@@ -279,14 +294,15 @@ def run(args: argparse.Namespace) -> int:
     names = [found for name in args.recordings for found in find_recordings(name)]
     if len(names) > 1 and (args.plot or args.format == "labels"):
         raise UserError(f"{'--plot' if args.plot else '--format labels'}: expected one recording, found {len(names)}; name one")
+    if args.plot and not Path(args.plot).parent.is_dir():
+        raise UserError(f"--plot {args.plot}: no such folder; make it first, or name another")
     if args.plot and names == ["-"]:
         raise UserError("--plot: cannot draw standard input, which is read only once; save it to a file and name that")
-    ensemble = Ensemble(paths, machine.choose_device(args.device))
     print({"csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}.get(args.format, ""), end="")
     failed, interrupts = 0, []
     for number, name in enumerate(names):
         listens = name == "-" and threading.current_thread() is threading.main_thread()  # no other may handle signals
-        rows = predict(ensemble, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold)
+        rows = predict(predictor, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold)
         try:
             with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
                 if name == "-" and args.format in ("table", "csv", "jsonl"):
@@ -301,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
             for note in [] if interrupts else mean["notes"]:  # that an interrupted stream lacks its end is known
                 print_error("predict.py", f"note: {name}: {note}")
             if args.plot:
-                draw(ensemble, name, windows, Path(args.plot))
+                draw(predictor, name, windows, Path(args.plot))
         except UserError as error:
             print_error("predict.py", str(error))
             failed += 1
@@ -317,6 +333,8 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix."""
     machine.keep_freed_memory()
+    machine.multiply_in_fp32()
+    machine.name_user()
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

@@ -47,7 +47,7 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
     captured = capsys.readouterr()
     assert captured.out == "" and "waveform (batch, 220500) -> probabilities (batch, classes)" in captured.err
     waveforms = waveforms_of(shared_root)
-    assert np.abs(probabilities(path, waveforms) - predict.Predictor(checkpoint)(waveforms).numpy()).max() < export.TOLERANCE
+    assert np.abs(probabilities(path, waveforms) - predict.Network(checkpoint)(waveforms).numpy()).max() < export.TOLERANCE
     metadata = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == [f"sound_{i}" for i in range(4)] and metadata["sample_rate_hz"] == "44100"
     assert list(path.parent.iterdir()) == [path]
@@ -57,7 +57,7 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
 def test_the_graph_of_nine_crops(shared_root, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--recipe", "strong")
     waveforms = waveforms_of(shared_root)
-    predictor = predict.Predictor(checkpoint)
+    predictor = predict.Network(checkpoint)
     assert predictor.tta_crops == 9
     assert export.export_onnx(predictor, tmp_path / "a.onnx") < export.TOLERANCE  # compares the two itself
     assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - predictor(waveforms).numpy()).max() < export.TOLERANCE
@@ -66,7 +66,7 @@ def test_the_graph_of_nine_crops(shared_root, tmp_path):
 @pytest.mark.slow
 def test_the_graph_has_the_features_of_the_checkpoint(shared_root, tmp_path, monkeypatch):
     monkeypatch.setattr(dsets, "ESC50", functools.partial(dsets.ESC50, params=dsets.FeatureParams(n_mels=64, crop_mels=50)))
-    predictor = predict.Predictor(write_checkpoint(tmp_path / "run", shared_root))
+    predictor = predict.Network(write_checkpoint(tmp_path / "run", shared_root))
     assert predictor.params.input_shape == (1, 50, 384)
     export.export_onnx(predictor, tmp_path / "a.onnx")
     waveforms = waveforms_of(shared_root)

@@ -26,6 +26,7 @@ import predict
 from conftest import CPU, PROJECT, Tiny, run
 from dsets import SAMPLE_RATE
 from util import report
+from util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
 PROGRAM = "import conftest, models, predict, sys; models.MODELS['cnn8'] = conftest.Tiny; sys.exit(predict.main(sys.argv[1:]))"
@@ -118,7 +119,7 @@ def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, p
 @pytest.mark.slow
 def test_predictions_use_the_features_of_the_checkpoint(shared_root, other_run_dir, capsys):
     path = other_run_dir / "seed-42" / "fold-1" / "last.pt"
-    predictor = predict.Predictor(str(path))
+    predictor = predict.Network(path)
     assert predictor.params == OTHER_PARAMS
     waveform = dsets.load_waveform(sorted((shared_root / "audio").glob("*.wav"))[0])
     features = predictor.features(waveform[None])
@@ -137,15 +138,23 @@ def test_networks_of_other_features_do_not_predict_together(run_dir, other_run_d
     assert "n_mels 64, here 128" in call(capsys, tmp_path / "run", wav, status=2)[1]
 
 
-def test_a_predictor_takes_the_path_as_text(one):
-    waveform = torch.from_numpy(noise(5).T[None])
-    probabilities = predict.Predictor(str(one / "last.pt"))(waveform)
-    assert torch.equal(probabilities, predict.Predictor(one / "last.pt")(waveform))
-    assert probabilities.shape == (1, 4)
+def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(8), SAMPLE_RATE)
+    for path in (str(run_dir), one / "last.pt"):
+        predictor = predict.Predictor(path, "cpu")
+        found = predictor(tmp_path / "a.wav", hop=2.0)
+        assert found["starts"].tolist() == [0, 2, 4] and found["ends"].tolist() == [5, 7, 8] and found["notes"] == []
+        waveforms = torch.stack([waveform for *_, waveform in dsets.windows(tmp_path / "a.wav", 2 * SAMPLE_RATE)])
+        probabilities = predictor(waveforms)
+        assert probabilities.shape == (3, 4) and found["file"] == str(tmp_path / "a.wav")
+        torch.testing.assert_close(found["probabilities"], probabilities)
+        torch.testing.assert_close(found["mean"], (probabilities * torch.tensor([5, 5, 4.0])[:, None]).sum(dim=0) / 14)
+    with pytest.raises(UserError, match="absent.wav"):
+        predictor("absent.wav")
 
 
 def test_a_window_is_predicted_alike_alone_and_among_others(one):
-    ensemble = predict.Ensemble([one / "last.pt"], CPU)
+    ensemble = predict.Predictor(one, "cpu")
     waveforms = torch.from_numpy(noise(5 * 3).reshape(3, 1, -1))
     together = ensemble(waveforms)
     assert torch.allclose(together, torch.cat([ensemble(waveform[None]) for waveform in waveforms]), atol=1e-6)
@@ -209,7 +218,7 @@ def test_other_rates_and_channels_give_what_training_hears(tmp_path, rate, chann
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.aiff"])
-def test_formats_that_libsndfile_reads(one, tmp_path, capsys, name):
+def test_formats_that_people_have(one, tmp_path, capsys, name):
     soundfile.write(tmp_path / name, noise(6, 48_000), 48_000)
     entry, = call_json(capsys, one, tmp_path / name)
     assert entry["duration_s"] == pytest.approx(6, abs=0.1)
@@ -270,7 +279,7 @@ def test_of_standard_input_each_window_is_predicted_alone_and_at_once(one, monke
             yield start, dsets.CLIP_SAMPLES, torch.zeros(1, dsets.CLIP_SAMPLES)
 
     monkeypatch.setattr(dsets, "windows", endless)
-    rows = predict.predict(predict.Ensemble([one / "last.pt"], CPU), "-", SAMPLE_RATE, top=1)
+    rows = predict.predict(predict.Predictor(one, "cpu"), "-", SAMPLE_RATE, top=1)
     for window in range(3):
         assert next(rows)["window"] == window and len(asked) == window + 1
 
@@ -368,7 +377,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch, tmp_path) -> Path:
     """A recording of 11 s: windows of 0 to 5, 2.5 to 7.5, 5 to 10 and 7.5 to 11 s are a, a, b and a."""
-    monkeypatch.setattr(predict, "Ensemble", Fake)
+    monkeypatch.setattr(predict, "Predictor", Fake)
     soundfile.write(tmp_path / "a.wav", noise(11), SAMPLE_RATE)
     return tmp_path / "a.wav"
 
@@ -492,7 +501,7 @@ def test_bad_flags_are_refused_in_one_line(one, wav, capsys, tmp_path, monkeypat
 
 def test_one_network_becomes_a_graph(run_dir, tmp_path, capsys):
     _, err = call(capsys, run_dir, "--onnx", tmp_path / "a.onnx", status=2)
-    assert f"expected one network, {run_dir} holds several; name one ({run_dir / 'seed-42' / 'fold-1'})" in err
+    assert f"expected one network, {run_dir} holds several" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -530,6 +539,16 @@ def test_names_that_the_terminal_cannot_show_are_predicted(one, tmp_path):
                           cwd=Path(__file__).parent, capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert b"\\xfc.wav,mean" in done.stdout and b"\\xf6.wav: no such file" in done.stderr
+
+
+def test_what_is_odd_about_a_recording_is_told_and_it_is_predicted(one, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noise(8) * 0, SAMPLE_RATE)
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-200_000])
+    out, err = call(capsys, one, tmp_path / "a.wav", "--format", "json")
+    assert json.loads(out)[0]["duration_s"] == pytest.approx(8 - 100_000 / SAMPLE_RATE)
+    notes = [f"predict.py: note: {tmp_path / 'a.wav'}: {note}" for note in
+             ("lacks 2.3 of its 8.0 s, cut short or damaged; copy it again", "is silent")]
+    assert err.splitlines() == notes
 
 
 @pytest.mark.slow
@@ -607,3 +626,8 @@ def test_networks_of_other_classes_do_not_predict_together(run_dir, wav, tmp_pat
     checkpoint = torch.load(path, weights_only=True)
     torch.save(checkpoint | {"classes": checkpoint["classes"][::-1]}, path)
     assert f"{path}: cannot predict together" in call(capsys, tmp_path / "run", wav, status=2)[1]
+
+
+def test_a_plot_into_no_folder_is_refused_before_anything_is_predicted(one, wav, tmp_path, capsys):
+    out, err = call(capsys, one, wav, "--plot", tmp_path / "absent" / "a.png", status=2)
+    assert out == "" and "--plot" in err and str(tmp_path / "absent") in err

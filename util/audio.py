@@ -5,6 +5,7 @@ a name, and may take only formats that refer to no other file or address. Import
 """
 import contextlib
 import math
+import os
 import re
 import struct
 import sys
@@ -336,6 +337,8 @@ def open_recording(path: str | Path):
                 file = sys.stdin.buffer
             else:
                 check_regular_file(path)
+                if os.path.getsize(path) == 0:
+                    raise UserError(f"{path}: is empty; copy it again")
                 file = stack.enter_context(open(path, "rb"))
             source = Source(file)
             recording = Recording(path, source)
@@ -347,7 +350,7 @@ def open_recording(path: str | Path):
             if not isinstance(error, (av.FFmpegError, OSError)):  # an interrupt
                 raise error from None
             reason = "" if isinstance(error, av.FFmpegError) else f" ({error.strerror})"
-            remedy = " from a pipe; save it to a file first" if source and source.is_pipe else ""
+            remedy = " from a pipe; save it to a file first, or send it as WAV" if source and source.is_pipe else ""
             raise UserError(f"{path}: cannot be decoded as audio{reason}{remedy}") from error
 
 

@@ -53,7 +53,7 @@ class Graph(torch.nn.Module):
 
 
 def export_onnx(predictor, path: Path) -> float:
-    """Write a predict.Predictor, from waveform to probabilities, as one ONNX graph, and try it with onnxruntime.
+    """Write a predict.Network, from waveform to probabilities, as one ONNX graph, and try it with onnxruntime.
 
     Returns the largest difference to torch's probabilities. Raises UserError if a library is missing; fails loudly, and writes
     nothing, if the two disagree.
