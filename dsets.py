@@ -9,18 +9,17 @@
 
 Every random draw comes from a generator made by `generator_for(seed, fold, epoch, purpose)`.
 """
-import collections
 import contextlib
 import functools
 import hashlib
 import json
 import math
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import soxr
 import torch
 import torch.nn.functional as F
@@ -32,14 +31,19 @@ from util.errors import UserError
 SAMPLE_RATE = 44_100  # Hz, ESC-50's
 CLIP_SAMPLES = 5 * SAMPLE_RATE  # 220 500: ESC-50's clips have 5 s
 
+MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip
+
 MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
 SILENCE = 2.0 ** -16  # half a step of 16 bits
 CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of unlike channels has 1/64 or more
 INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
-SOUND_NOTES = {  # what a network cannot judge, said of one recording and of several
+LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
+LONGER = "is longer than 5 s"
+SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
     "is silent": "are silent",
     "has channels that cancel each other, their mean is silent": "have channels that cancel each other, their mean is silent",
-    "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers"}
+    "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers",
+    LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)"}
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
 FILTER_AUGMENT_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
@@ -148,20 +152,50 @@ def windows(path: str | Path, hop: int = CLIP_SAMPLES, notes: list[str] | None =
     yield start, length, torch.from_numpy(padded)[None]  # (220500,) -> (1, 220500)
 
 
-def load_waveform(path: str | Path, notes: list[str] | None = None) -> torch.Tensor:
-    """The first 5 s of a recording: (1, 220500) float32, nominally in [-1, 1], at 44 100 Hz (see `windows`).
+def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = None):
+    """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
 
-    Raises UserError also where less than 5 s are there and something is odd about the file.
+    spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
+    end of nan is that of the recording. `notes` gets those of `mono_blocks`, and one if the end is nan and more than 5 s follow.
+    Raises UserError also where a part lacks sound and something is odd about the file, and where it begins after the end.
     """
-    found = []
-    with contextlib.closing(windows(path, notes=found)) as first:
-        _, length, waveform = next(first)
-    about_the_file = [note for note in found if note not in SOUND_NOTES]
-    if about_the_file and length < CLIP_SAMPLES:
-        raise UserError(f"{path}: {about_the_file[0]}")
-    if notes is not None:
-        notes += found
-    return waveform
+    notes = [] if notes is None else notes
+    with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
+        offset, pending = 0, np.zeros(0, np.float32)  # the samples from `offset` on that have been read
+        for start, end in spans:
+            first, parts, length = round(start * SAMPLE_RATE), [pending], len(pending)
+            last = first + CLIP_SAMPLES if math.isnan(end) else min(first + CLIP_SAMPLES, round(end * SAMPLE_RATE))
+            wanted = last + LONGER_SAMPLES if math.isnan(end) else last
+            while offset + length < wanted and (block := next(blocks, None)) is not None:
+                parts.append(block)
+                length += len(block)
+                if offset + length < first:  # all of it lies before the part
+                    parts, offset, length = [pending[:0]], offset + length, 0
+            before = min(max(first - offset, 0), length)
+            pending, offset = np.concatenate(parts)[before:], offset + before
+            found = pending[:last - first]
+            if len(found) == 0:
+                raise UserError(f"{path}: holds no samples, or too few to resample" if first == 0 else
+                                f"{path}: ends at {offset / SAMPLE_RATE:.2f} s, before a clip's start of {start:g} s")
+            if len(found) < last - first - LONGER_SAMPLES and (odd := [note for note in notes if note not in SOUND_NOTES]):
+                raise UserError(f"{path}: {odd[0]}")
+            if math.isnan(end) and offset + len(pending) >= wanted:
+                notes.append(LONGER)
+            waveform = np.zeros(CLIP_SAMPLES, np.float32)
+            waveform[:len(found)] = found
+            yield torch.from_numpy(waveform)[None]  # (220500,) -> (1, 220500)
+
+
+def load_waveform(path: str | Path, start: float = 0.0, end: float = math.nan) -> torch.Tensor:
+    """The first 5 s of a recording, or of a part of it (s): (1, 220500) float32, nominally in [-1, 1] (see `load_clips`)."""
+    with contextlib.closing(load_clips(path, [(start, end)])) as clips:
+        return next(clips)
+
+
+def count_seconds(path: str | Path) -> float:
+    """The length of a recording in s, decoded to its end."""
+    with audio.open_recording(path) as recording:
+        return sum(map(len, mono_blocks(recording, []))) / SAMPLE_RATE
 
 
 # --- waveform -> mel-spectrogram --------------------------------------------------------------------------------------
@@ -204,47 +238,64 @@ def normalize(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 # --- the data set and its folds ---------------------------------------------------------------------------------------
 
 class ESC50(torch.utils.data.Dataset):
-    """ESC-50, or a folder laid out like it, as mel-spectrograms: ds[i] is (feature (1, 128, 431) float32 in dB, class index).
+    """ESC-50, or a data folder of another layout, as mel-spectrograms: ds[i] is (feature (1, 128, 431) in dB, class index).
 
-    table     a row a clip: filename, fold, target, category, esc10
-    classes   category names in the order of their targets; class indices count through them from 0
-    targets   (N,) class indices, int64; for all 50 classes the same as the table's targets
+    layout    of the folder: ESC-50, UrbanSound8K, a table or folders (util/tables.py)
+    table     a row a clip: file, start and end (s), fold, category and what the folder's own table says
+    classes   names of the categories, ESC-50's in the order of their targets; class indices count through them from 0
+    targets   (N,) class indices, int64; for all 50 classes of ESC-50 the same as the table's targets
     features  (M, 1, 128, 431) of all the folder's clips, memory-mapped; rows[i] is the row of clip i
     params    the FeatureParams of the features and of their crops
+    notes     what is odd about the data, a line each
 
-    root: a folder with meta/esc50.csv and audio/*.wav; esc10: keep the clips of ESC-10 alone. Raises UserError where the
-    folder cannot be used.
+    esc10: keep ESC-50's clips of ESC-10 alone; folds: how many, where the folder has none of its own (default 5); split_long:
+    make clips of 5 s of longer recordings. Raises UserError where the folder cannot be used.
     """
 
-    def __init__(self, root: str | Path = "data/ESC-50", esc10: bool = False, params: FeatureParams | None = None):
+    def __init__(self, root: str | Path = "data/ESC-50", esc10: bool = False, params: FeatureParams | None = None,
+                 folds: int | None = None, split_long: bool = False):
         self.root, self.params = Path(root), params or FeatureParams()
-        table = tables.read_esc50(self.root)
-        keep = table["esc10"] if esc10 else table["target"] >= 0
-        if not keep.any():
-            raise UserError(f"--esc10: no clip in {self.root}/meta/esc50.csv is marked esc10; leave the flag out")
+        self.layout, table, self.notes = tables.read_table(self.root, folds)
+        if split_long:
+            table = self.split_long(table)
+        keep = table["esc10"] if esc10 and "esc10" in table else np.full(len(table), not esc10)
+        if not np.any(keep):
+            raise UserError(f"--esc10: no clip in {self.root} is marked as ESC-10's (meta/esc50.csv); leave the flag out")
         log_mel = functools.cache(lambda: LogMel(self.params))  # needed only if features are not there yet
+
+        def compute(path: Path, spans: list, remarks: list[str]):
+            for waveform in load_clips(path, spans, notes := []):
+                yield log_mel()(waveform).numpy()
+            remarks += [note for note in SOUND_NOTES if note in notes]
+
         mel_params = {name: value for name, value in vars(self.params).items() if not name.startswith("crop")}
-        odd = collections.defaultdict(list)  # note -> names of the clips
-
-        def features_of(path: Path) -> np.ndarray:
-            waveform = load_waveform(path, notes := [])
-            for note in SOUND_NOTES.keys() & notes:
-                odd[note].append(path.name)
-            return log_mel()(waveform).numpy()
-
-        self.features, digests = cache.load_features(
-            self.root, [f"audio/{name}" for name in table["filename"]], features_of,
+        self.features, digests, remarks = cache.load_features(
+            self.root, list(zip(table["file"], table["start"], table["end"])), compute,
             (1, self.params.n_mels, self.params.num_frames), mel_params)
-        for note, names in odd.items():
-            clips = f"clip {note}" if len(names) == 1 else f"clips {SOUND_NOTES[note]}"
-            more = " ..." if len(names) > 10 else ""
-            print(f"note   {len(names)} {clips}: {', '.join(sorted(names)[:10])}{more}", file=sys.stderr)
         self.rows = torch.from_numpy(np.flatnonzero(keep))
         self.digests = [digests[row] for row in self.rows]
         self.table = table[keep].reset_index(drop=True)
-        self.classes = list(self.table.sort_values("target")["category"].unique())
+        order = "target" if self.layout == "ESC-50" else "category"
+        self.classes = list(self.table.sort_values(order)["category"].unique())
         self.targets = torch.tensor([self.classes.index(name) for name in self.table["category"]])
         self.folds = sorted(int(fold) for fold in self.table["fold"].unique())
+        for note, names in remarks.items():
+            if names := sorted(set(names) & set(self.table["file"])):
+                said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES[note]}"
+                self.notes.append(f"{said}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
+
+    def split_long(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with a row for each 5 s of recordings and parts; a rest of less than 1 s is left out."""
+        files = list(table["file"].unique())
+        lengths, _, _ = cache.load_features(self.root, [(name, 0.0, 0.0) for name in files], lambda path, spans, remarks: [
+            np.float32([count_seconds(path)])], (1,), {}, kind="lengths")
+        seconds = dict(zip(files, lengths[:, 0].tolist()))
+        rows = []
+        for row in table.to_dict("records"):
+            end = min(row["end"], seconds[row["file"]]) if row["end"] == row["end"] else seconds[row["file"]]  # not nan
+            starts = np.arange(row["start"], max(end - MIN_REST_S, row["start"]) + 1e-3, CLIP_SAMPLES / SAMPLE_RATE)
+            rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts.tolist()]
+        return pd.DataFrame(rows)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -255,15 +306,21 @@ class ESC50(torch.utils.data.Dataset):
         return self.features[self.rows[index]], int(self.targets[index])
 
     def __repr__(self) -> str:
-        return (f"ESC50({str(self.root)!r}: {len(self)} clips, {len(self.classes)} classes, "
-                f"folds {', '.join(map(str, self.folds))}; features {tuple(self.features.shape[1:])} in dB)")
+        return (f"{self.layout} {str(self.root)!r}: {len(self)} clips, {len(self.classes)} classes, "
+                f"folds {', '.join(map(str, self.folds))}; features {tuple(self.features.shape[1:])} in dB")
 
     def waveform(self, index: int) -> torch.Tensor:
         """The waveform (1, 220500) of clip `index`, float32 at 44 100 Hz."""
-        return load_waveform(self.root / "audio" / self.table["filename"][range(len(self))[index]])
+        file, start, end = self.table.loc[range(len(self))[index], ["file", "start", "end"]]
+        return load_waveform(self.root / file, start, end)
 
-    def split(self, fold: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the training clips (all other folds) and of the validation clips (this fold); UserError if one is empty."""
+    def split(self, fold: int | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the training clips (all other folds) and of the validation clips (this fold); UserError if one is empty.
+
+        Fold "none": all clips are for training.
+        """
+        if fold == "none":
+            return torch.arange(len(self)), torch.arange(0)
         held_out = torch.tensor(self.table["fold"].to_numpy() == fold)
         training, validation = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
         if len(validation) == 0 or len(training) == 0:
@@ -456,7 +513,7 @@ def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[fl
     the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
     """
     corners = validation_corners(dataset.params, tta_crops).to(dataset.features.device)
-    for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size]:
+    for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size] if len(indices) else ():
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
         examples = crop(dataset.features, rows.repeat(tta_crops), corners.repeat_interleave(len(batch), dim=0), dataset.params)

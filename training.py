@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,22 +42,22 @@ from util import dist, report
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
 
-def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str, *, label_smoothing: float = 0.0, ema=None,
-                    recorder=None):
+def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str, *, label_smoothing: float = 0.0,
+                    class_weights=None, ema=None, recorder=None):
     """One pass of weight updates. Returns losses (N,), predictions (N,) and targets (N,) of its examples, on the CPU.
 
-    batches: of dsets.training_batches; lrs: the learning rate of each step; ema: an `EMA` to update; recorder: a
-    `machine.Recorder` of the step. The results are of the pass itself, each batch before its step. Nothing waits for the
-    device before the end of the epoch.
+    batches: of dsets.training_batches; lrs: the learning rate of each step; class_weights (classes,): of the loss; ema: an
+    `EMA` to update; recorder: a `machine.Recorder` of the step. The results are of the pass itself, each batch before its
+    step. Nothing waits for the device before the end of the epoch.
     """
     recorder = recorder or machine.Recorder(enabled=False)
 
     def step(scale, examples, targets, lam=None, other_targets=None):
-        losses, predictions = forward(model, examples, targets, precision, lam, other_targets, label_smoothing)
+        losses, logits = forward(model, examples, targets, precision, lam, other_targets, label_smoothing, class_weights)
         (losses.mean() * scale).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return losses.detach(), predictions
+        return losses.detach(), logits.detach().argmax(dim=1)
 
     model.train()
     results = []
@@ -75,17 +76,21 @@ def train_one_epoch(model, optimizer, batches, lrs: list[float], precision: str,
 
 @torch.inference_mode()
 def evaluate(model, batches, precision: str):
-    """Losses (N,), predictions (N,) and targets (N,) of a validation set, on the CPU; no weight changes."""
+    """Losses, predictions, targets and the predictions' probabilities, (N,) each, of a validation set, on the CPU."""
     model.eval()
-    return gather([(*forward(model, examples, targets, precision), targets, positions)
-                   for examples, targets, positions in batches])
+    results = []
+    for examples, targets, positions in batches:
+        losses, logits = forward(model, examples, targets, precision)
+        results.append((losses, logits.argmax(dim=1), targets, logits.softmax(dim=1).amax(dim=1), positions))
+    return gather(results, columns=4)
 
 
-def forward(model, examples, targets, precision: str, lam=None, other_targets=None, label_smoothing: float = 0.0):
-    """Cross-entropy loss (B,) and predicted class (B,) of examples (B, 1, 100, 384).
+def forward(model, examples, targets, precision: str, lam=None, other_targets=None, label_smoothing: float = 0.0,
+            class_weights=None):
+    """Cross-entropy losses (B,) and logits (B, classes) of examples (B, 1, 100, 384).
 
     Of several crops of each example (tta_crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
-    see `dsets.Batch`.
+    see `dsets.Batch`. class_weights (classes,): what a target's loss is multiplied by.
     """
     examples = examples.contiguous(memory_format=torch.channels_last)
     with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -93,22 +98,22 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
     logits = logits.float()
     if len(logits) > len(targets):
         logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (tta_crops * B, classes) -> (B, classes)
-    cross_entropy = functools.partial(F.cross_entropy, reduction="none", label_smoothing=label_smoothing)
+    cross_entropy = functools.partial(F.cross_entropy, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
     losses = cross_entropy(logits, targets)  # -> (B,)
     if lam is not None:
         losses = lam * losses + (1 - lam) * cross_entropy(logits, other_targets)
-    return losses, logits.detach().argmax(dim=1)
+    return losses, logits
 
 
-def gather(results: list[tuple]):
-    """Losses, predictions and targets (N,) of all ranks' results, each a batch's columns and, last, their positions."""
+def gather(results: list[tuple], columns: int = 3):
+    """All ranks' results in their places: columns (N,) of batches, which are losses, predictions, targets ... and positions."""
     if results:
-        *columns, positions = (torch.cat(column).cpu() for column in zip(*results))
-        rows = torch.stack([column.double() for column in columns], dim=1)  # (n, 3); exact: class indices are small
+        *parts, positions = (torch.cat(part).cpu() for part in zip(*results))
+        rows = torch.stack([part.double() for part in parts], dim=1)  # (n, columns); exact: class indices are small
     else:  # fewer batches than ranks
-        rows, positions = torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    losses, predictions, targets = dist.all_gather(rows, positions).unbind(dim=1)  # (N, 3) -> (N,) each
-    return losses.float(), predictions.long(), targets.long()
+        rows, positions = torch.zeros(0, columns, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    losses, predictions, targets, *others = dist.all_gather(rows, positions).unbind(dim=1)  # (N, columns) -> (N,) each
+    return losses.float(), predictions.long(), targets.long(), *(other.float() for other in others)
 
 
 def compute_metrics(losses: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> dict:
@@ -185,7 +190,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     Raises UserError if the loss stops being finite.
     """
     begin = time.perf_counter()
-    training, validation = dataset.split(fold)
+    training, validation = dataset.split(fold)  # with fold "none", no clip is for validation
     mean_std = dataset.mean_std(training)
     constants = {"model_name": config.model, "classes": dataset.classes, "seed": seed, "fold": fold,
                  "precision": config.precision, "features": vars(dataset.params), "mean_std": list(mean_std),
@@ -201,9 +206,9 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     steps = math.ceil(examples_per_epoch / config.batch_size)
     ema = EMA(raw_model, config.ema) if config.ema else None
     eval_model = ema.model if ema else raw_model  # what is evaluated, saved and predicts
-    epoch, history, best, predictions = 0, [], None, None
+    epoch, history, best, predictions, probabilities = 0, [], None, None, None
     if resume_from:
-        epoch, history, best, predictions = resume(resume_from, constants, raw_model, eval_model, optimizer)
+        epoch, history, best, predictions, probabilities = resume(resume_from, constants, raw_model, eval_model, optimizer)
         if ema:
             ema.updates = steps * epoch
     first_row = len(history)
@@ -212,8 +217,10 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
           f"clips, normalized by mean {mean_std[0]:.2f} dB, std {mean_std[1]:.2f} dB{resumed}")
     print(f"{'epoch':>9} | {ROW_HEAD.format('training')} examples/s | {ROW_HEAD.format('validation')}", flush=True)
     options = {name: getattr(config, name) for name in AUGMENTATIONS} | {"seed": seed, "fold": fold}
+    class_weights = balanced_weights(dataset.targets[training], len(dataset.classes)).to(device) if config.class_weights else None
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    (folder / "report.csv").unlink(missing_ok=True)  # it would say that the training is finished
+    for name in ("report.csv", "curves.png"):
+        (folder / name).unlink(missing_ok=True)  # they would say that the training is finished
     board = report.Board(folder, history, examples_per_epoch,
                          lambda: first_examples(dataset, training, mean_std, config.batch_size, options))
 
@@ -224,7 +231,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
                for step in range((epoch - 1) * steps, epoch * steps)]
         start = time.perf_counter()
         trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
-                                  ema=ema, recorder=recorder)
+                                  class_weights=class_weights, ema=ema, recorder=recorder)
         middle = time.perf_counter()
         batches = dsets.validation_batches(dataset, validation, mean_std, batch_size=config.batch_size, device=device,
                                            tta_crops=config.tta_crops, **ranks)
@@ -232,8 +239,8 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
             dist.broadcast(buffer)  # rank 0's running batch statistics
         evaluated = evaluate(eval_model if ema else model, batches, config.precision)
         end = time.perf_counter()
-        rows = []
-        for phase, results, seconds in (("training", trained, middle - start), ("validation", evaluated, end - middle)):
+        rows, phases = [], [("training", trained, middle - start), ("validation", evaluated[:3], end - middle)]
+        for phase, results, seconds in phases if len(validation) else phases[:1]:
             if not results[0].isfinite().all():
                 step = int((~results[0].isfinite()).nonzero()[0]) // config.batch_size + 1
                 raise UserError(f"--lr {config.lr:g}: the loss is not finite in epoch {epoch}, {phase} step {step} of {folder} "
@@ -243,10 +250,12 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
         if dist.rank() > 0:
             continue
 
-        history, predictions, is_best = [*history, *rows], evaluated[1], best is None or rows[1]["loss"] < best["loss"]
+        history = [*history, *rows]
+        is_best = len(validation) > 0 and (best is None or rows[1]["loss"] < best["loss"])
         best = rows[1] if is_best else best
+        predictions, probabilities = evaluated[1], torch.stack([evaluated[3], (-evaluated[0]).exp()], dim=1)  # (N,), (N, 2)
         checkpoint = {"model": eval_model.state_dict(), "epoch": epoch, "history": history, "best": best,
-                      "predictions": predictions, **constants}
+                      "predictions": predictions, "probabilities": probabilities, **constants}
         if is_best:
             checkpoints.save_checkpoint(folder / "best.pt", checkpoint)
         checkpoint |= {"optimizer": optimizer.state_dict(), "raw_model": raw_model.state_dict() if ema else None}
@@ -254,16 +263,26 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
         rundir.write_metrics(folder, history)
         board.add_rows(rows)
         examples_per_s = examples_per_epoch / (middle - start)
-        print(f"{epoch:>4}/{config.epochs:<4} | {row_text(rows[0])} {examples_per_s:>10.0f} | {row_text(rows[1])}", flush=True)
+        validated = row_text(rows[1]) if len(validation) else "none"
+        print(f"{epoch:>4}/{config.epochs:<4} | {row_text(rows[0])} {examples_per_s:>10.0f} | {validated}", flush=True)
     if dist.rank() > 0:
         return
     rundir.write_metrics(folder, history)
     results = dataset.targets[validation], predictions, dataset.classes
+    report.write_predictions(folder, dataset.table.iloc[validation.numpy()], *results, probabilities)
     confusion = report.write_pictures(folder, history, *results)
     board.add_results(confusion, vars(config) | {"seed": seed, "fold": fold}, history[-1])
-    report.write_report(folder, *results)  # the last file of a finished training
-    trained, validated = (sum(row["seconds"] for row in history[first_row + phase::2]) for phase in (0, 1))  # rows take turns
+    if len(validation):
+        report.write_report(folder, *results)  # the last file of a finished training
+    trained, validated = (sum(row["seconds"] for row in history[first_row:] if row["phase"] == phase)
+                          for phase in ("training", "validation"))
     print(f"{trained:.1f} s of training, {validated:.1f} s of validation, {time.perf_counter() - begin:.1f} s with all the rest")
+
+
+def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """What each class's loss is multiplied by (classes,) to weigh as much as the others: scikit-learn's compute_class_weight."""
+    counts = torch.bincount(targets, minlength=num_classes)
+    return len(targets) / ((counts > 0).sum() * counts.clamp(min=1))  # -> (classes,) float32
 
 
 def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int) -> torch.nn.Module:
@@ -275,7 +294,7 @@ def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: i
         except ValueError as error:
             raise UserError(f"--model {name}: cannot be built ({error}); choose another model or other features") from error
     if pretrained:
-        checkpoints.load_pretrained(model, pretrained)
+        checkpoints.load_pretrained(model, pretrained, vars(dataset.params))
     return model
 
 
@@ -294,7 +313,7 @@ def resume(path: Path, constants: dict, raw_model, eval_model, optimizer) -> tup
             checkpoints.load_weights(raw_model, checkpoint["raw_model"], path)
         # moments alone: the options are those of the flags, and the learning rate on a GPU stays a tensor there
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        return tuple(checkpoint[name] for name in ("epoch", "history", "best", "predictions"))
+        return tuple(checkpoint[name] for name in ("epoch", "history", "best", "predictions", "probabilities"))
     except (KeyError, TypeError, ValueError) as error:
         message = str(error) if isinstance(error, UserError) else f"{path}: is damaged ({reason(error)})"
         raise UserError(f"{message}; remove it, and --resume starts this training again") from error
@@ -336,18 +355,22 @@ def run(argv: list[str], progress: dict) -> None:
         if config.download and dist.rank() == 0:
             from util.download import download
             download(Path(config.data))
-        dataset = dsets.ESC50(config.data, esc10=config.esc10)
+        dataset = dsets.ESC50(config.data, esc10=config.esc10, folds=config.folds, split_long=config.split_long)
     config.data, config.download = str(dataset.root.resolve()), False  # as --resume will find them
-    config.fold = dataset.folds if "all" in config.fold else config.fold
+    if "all" in config.fold:
+        config.fold = dataset.folds + [fold for fold in config.fold if fold == "none"]
     for fold in config.fold:
         dataset.split(fold)  # refuses a fold that the data does not have, before anything is trained
     model = start_model(config.model, None, dataset, 0, 0)  # for its size; refused before a folder is made
     run_dir = start_run(argv, config, dataset) if dist.rank() == 0 else ""
     progress["run_dir"] = run_dir = Path(dist.broadcast(str(run_dir)))
     torch.set_num_threads(rundir.read_run_config(run_dir)["hardware"]["threads"])  # sums are split by thread: as many as at first
-    print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}\nmodel  {config.model}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.precision} on {config.device}, processes: "
-          f"{dist.world_size()}, threads of each: {torch.get_num_threads()}{note}", flush=True)
+    counts, parameters = dataset.table["category"].value_counts(), sum(parameter.numel() for parameter in model.parameters())
+    sizes = f"{counts.min()} clips of {counts.idxmin()} to {counts.max()} of {counts.idxmax()}"
+    sizes = sizes if counts.nunique() > 1 else f"{counts.max()} clips of each class"
+    print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} parameters, "
+          f"{config.precision} on {config.device}, processes: {dist.world_size()}, threads of each: "
+          f"{torch.get_num_threads()}{note}", *(f"note   {text}" for text in dataset.notes), sep="\n", flush=True)
     with machine.own_stream(device):
         if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
             dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied
@@ -364,7 +387,10 @@ def run(argv: list[str], progress: dict) -> None:
         return
     targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
     summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
-    print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote(str(run_dir / 'summary.json'))}")
+    if "none" in config.fold:
+        print(f"\nfold none validates nothing; predict with: python predict.py {shlex.quote(str(run_dir))} RECORDING")
+    if summary["trainings"]:
+        print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote(str(run_dir / 'summary.json'))}")
     if config.rerun:
         print(f"\ncompared with {config.rerun}:", *report.compare_runs(Path(config.rerun), run_dir), sep="\n")
 
@@ -382,7 +408,7 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
     run_dir = Path(given) if given else rundir.new_run_dir(config.tb_prefix, config.comment)
     trainings = [rundir.training_dir(run_dir, seed, fold) for seed in config.seed for fold in config.fold]
     if config.resume and all(rundir.is_finished(folder, config.epochs) for folder in trainings):  # only the table is printed
-        rundir.check_same_run(run_dir, rundir.read_run_config(run_dir), run_config)
+        rundir.check_same_data(run_dir, rundir.read_run_config(run_dir), run_config)
     else:
         rundir.record_run(run_dir, run_config, LOCATION_FLAGS, bool(config.resume))
     return run_dir
@@ -403,7 +429,11 @@ class Interrupted(KeyboardInterrupt):
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix, 130 or 143 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not ours to handle
+    handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    machine.name_user()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     progress, status, stopped = {"run_dir": None}, 2, ""
     too_large = "--batch-size: the memory does not hold it; choose a smaller one"
     try:

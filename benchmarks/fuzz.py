@@ -360,7 +360,7 @@ def checkpoint(data):
     with Case("checkpoint") as folder, mock.patch.dict(models.MODELS, cnn8=Small), warnings.catch_warnings(action="ignore"):
         (folder / "last.pt").write_bytes(content)
         try:
-            predictor = predict.Predictor(folder / "last.pt")
+            predictor = predict.Network(folder / "last.pt")
             assert all(tensor.isfinite().all() for tensor in predictor.network.state_dict().values())
             assert predictor(torch.zeros(1, 1, 220_500)).shape == (1, len(predictor.classes))
         finally:
@@ -377,7 +377,7 @@ def weights(data):
     with Case("weights") as folder:
         torch.save(content, folder / "weights.pth")  # 45 MB
         model = models.ResNet18(2)
-        checkpoints.load_pretrained(model, str(folder / "weights.pth"))
+        checkpoints.load_pretrained(model, str(folder / "weights.pth"), vars(dsets.FeatureParams()))
         assert not EXECUTED.exists() and all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 

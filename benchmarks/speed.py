@@ -19,6 +19,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -123,11 +124,12 @@ def seconds_of(function) -> float:
 # --- 1. features ------------------------------------------------------------------------------------------------------
 
 def our_features(root: Path, clips: int) -> float:
-    names = [f"audio/{name}" for name in read_esc50(root)["filename"]][:clips]
+    files = {name: [(0.0, math.nan)] for name in read_esc50(root)["file"][:clips]}
     log_mel, shape = dsets.LogMel(PARAMS), (1, PARAMS.n_mels, PARAMS.num_frames)
     with tempfile.TemporaryDirectory() as folder:
-        return len(names) / seconds_of(lambda: cache.compute_features(
-            root, names, Path(folder) / "logmel.npy", lambda path: log_mel(dsets.load_waveform(path)).numpy(), shape))
+        return len(files) / seconds_of(lambda: cache.compute_features(
+            root, files, Path(folder) / "logmel.npy",
+            lambda path, spans, _: (log_mel(waveform).numpy() for waveform in dsets.load_clips(path, spans)), shape))
 
 
 def torchaudio_transforms():

@@ -1,6 +1,7 @@
 """Features computed once and memory-mapped: here of four small files, their first six bytes."""
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def first_bytes(path: Path) -> np.ndarray:
 
 
 def load(folder: Path, compute=first_bytes, **params) -> tuple[torch.Tensor, list[str]]:
-    return cache.load_features(folder, NAMES, compute, (1, 2, 3), params)
+    """Features and digests of the files, each a clip."""
+    clips = [(name, 0.0, 5.0) for name in NAMES]
+    return cache.load_features(folder, clips, lambda path, spans, remarks: [compute(path)], (1, 2, 3), params)[:2]
 
 
 def is_cached(folder: Path, **params) -> bool:
@@ -57,6 +60,22 @@ def test_features_are_those_of_each_file_and_computed_once(folder):
     assert is_cached(folder)
     again, same_digests = load(folder)
     assert torch.equal(again, features) and same_digests == digests
+
+
+def test_all_clips_of_a_file_are_computed_in_one_call_and_lie_in_its_place(folder):
+    calls = []
+
+    def compute(path, spans, remarks):
+        calls.append((path.name, [tuple(span) for span in spans]))
+        remarks += ["is odd"] if path.name in ("b.wav", "c.wav") else []
+        return (first_bytes(path) + 100 * start for start, _ in spans)
+    clips = [(NAMES[0], 0.0, 5.0), (NAMES[1], 0.0, 5.0), (NAMES[1], 5.0, 10.0), (NAMES[1], 10.0, math.nan), (NAMES[2], 1.0, 2.0)]
+    for _ in range(2):
+        features, digests, remarks = cache.load_features(folder, clips, compute, (1, 2, 3), {})
+        expected = [0, 6, 6 + 500, 6 + 1000, 12 + 100]
+        assert features[:, 0, 0, 0].tolist() == expected and digests[1] == digests[2] == digests[3] != digests[0]
+        assert remarks == {"is odd": [NAMES[1], NAMES[2]]}
+    assert sorted((name, len(spans)) for name, spans in calls) == [("a.wav", 1), ("b.wav", 3), ("c.wav", 1)]
 
 
 def test_nothing_done_to_features_reaches_the_file(folder):
@@ -120,16 +139,18 @@ def test_damaged_features_are_computed_again(folder, damage):
         path.write_bytes({"cut": path.read_bytes()[:-1], "garbage": b"garbage", "empty": b""}[damage])
     features, again = load(folder)
     assert torch.equal(features, expected) and again == digests
-    assert json.loads(path.with_suffix(".json").read_text()) == digests
+    assert json.loads(path.with_suffix(".json").read_text()) == [[digest, []] for digest in digests]
 
 
 def test_all_bad_files_are_named_at_once_up_to_ten(folder):
     names = [f"audio/{number}.wav" for number in range(12)]
+    for name in names:
+        (folder / name).write_bytes(b"123456")
 
-    def fails(path):
+    def fails(path, spans, remarks):
         raise UserError(f"{path}: is bad")
     with pytest.raises(UserError) as refusal:
-        cache.load_features(folder, names, fails, (1, 2, 3), {})
+        cache.load_features(folder, [(name, 0.0, 5.0) for name in names], fails, (1, 2, 3), {})
     assert sum(f"{folder / name}: is bad" in str(refusal.value) for name in names) == 10
     assert "2 more" in str(refusal.value) and "\n" not in str(refusal.value)
     assert files_in(folder / "features") == []
@@ -167,7 +188,8 @@ def test_a_full_disk_is_an_error_of_one_line(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # the features take 160 000 bytes
     try:
         with pytest.raises(UserError, match=r"logmel-\S+\.npy: ") as refusal:
-            cache.load_features(folder, NAMES, lambda path: np.ones((1, 100, 100), np.float32), (1, 100, 100), {})
+            cache.load_features(folder, [(name, 0.0, 5.0) for name in NAMES],
+                                lambda path, spans, remarks: [np.ones((1, 100, 100), np.float32)], (1, 100, 100), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(refusal.value) and files_in(folder / "features") == []
@@ -180,8 +202,44 @@ def test_a_read_only_folder_is_served_from_the_users_cache(folder, tmp_path):
     assert is_cached(folder) and torch.equal(load(folder)[0], features)
 
 
+def test_without_a_home_the_systems_temporary_folder_serves(folder, tmp_path, monkeypatch):
+    (folder / "features").write_text("")
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor the user has a name
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    load(folder)
+    assert len(list((tmp_path / "temporary").rglob("*.npy"))) == 1 and not Path("~").exists()
+
+
+def test_a_file_system_without_mmap_has_its_features_read(folder, monkeypatch):
+    expected, load_array = load(folder)[0].clone(), np.load
+
+    def load_without_mmap(path, mmap_mode=None):
+        if mmap_mode:
+            raise OSError(22, "Invalid argument")
+        return load_array(path)
+    monkeypatch.setattr(np, "load", load_without_mmap)
+    monkeypatch.setattr(cache, "compute_features", None)  # they are there
+    assert torch.equal(load(folder)[0], expected)
+
+
+def test_a_file_system_without_locks_is_served_from_the_users_cache(folder, tmp_path, monkeypatch):
+    acquire = cache.filelock.FileLock.acquire
+
+    def without_locks(self, *arguments, **keywords):
+        if str(folder) in self.lock_file:
+            raise NotImplementedError("FileSystem does not appear to support flock")
+        return acquire(self, *arguments, **keywords)
+    monkeypatch.setattr(cache.filelock.FileLock, "acquire", without_locks)
+    load(folder)
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
 def test_nowhere_to_write_is_refused(folder, monkeypatch):
     (folder / "features").write_text("")
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(folder / "features"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "features"))
     with pytest.raises(UserError, match=str(folder / "features")) as refusal:
         load(folder)

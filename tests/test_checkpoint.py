@@ -16,6 +16,8 @@ from conftest import CPU, error_line, refused, run, Tiny, train_in
 from util import checkpoint as checkpoints
 from util import rundir
 
+FEATURES = vars(dsets.FeatureParams())
+
 
 # --- what training.py saves -------------------------------------------------------------------------------------------
 
@@ -30,7 +32,7 @@ def test_a_checkpoint_holds_all_that_a_prediction_needs(pristine_root, shared_ru
     checkpoints.load_weights(model, checkpoint["model"], "last.pt")
     batches = dsets.validation_batches(dataset, validation, checkpoint["mean_std"], batch_size=4, device=CPU,
                                        tta_crops=checkpoint["flags"]["tta_crops"])
-    _, predictions, targets = training.evaluate(model, batches, checkpoint["precision"])
+    _, predictions, targets, _ = training.evaluate(model, batches, checkpoint["precision"])
     row = rundir.read_metrics(shared_run / "seed-1" / "fold-3")[-1]
     assert (predictions == targets).float().mean().item() == row["accuracy"]
     assert torch.equal(predictions, checkpoint["predictions"])
@@ -41,8 +43,8 @@ def test_best_is_the_first_epoch_of_the_lowest_validation_loss(pristine_root, tm
     evaluate, losses = training.evaluate, iter([3.0, 1.0, 2.0, 1.0])
 
     def evaluate_with_losses(*arguments):
-        _, predictions, targets = evaluate(*arguments)
-        return torch.full(targets.shape, next(losses)), predictions, targets
+        _, *others = evaluate(*arguments)
+        return torch.full(others[0].shape, next(losses)), *others
     monkeypatch.setattr(training, "evaluate", evaluate_with_losses)
     folder = train_in(tmp_path / "run", pristine_root, "--epochs", 4) / "seed-42" / "fold-1"
     best, last = (checkpoints.load_checkpoint(folder / name) for name in ("best.pt", "last.pt"))
@@ -99,7 +101,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, monkeypatch, kind):
     write_garbage(tmp_path / "weights.pth", kind)
     for function in (checkpoints.load_tensors, checkpoints.load_checkpoint):
         assert str(tmp_path / "weights.pth") in refused(function, tmp_path / "weights.pth")
-    assert "weights.pth" in refused(checkpoints.load_pretrained, models.build_model("resnet18", 2), "weights.pth")
+    assert "weights.pth" in refused(checkpoints.load_pretrained, models.build_model("resnet18", 2), "weights.pth", FEATURES)
     assert not Path("executed").exists()
 
 
@@ -198,7 +200,7 @@ def test_pretrained_weights_give_what_three_equal_channels_give(published, tmp_p
     torch.save(published.state_dict(), tmp_path / "weights.pth")
     model = models.build_model("resnet18", 7).eval()
     head = model.fc.weight.clone()
-    checkpoints.load_pretrained(model, str(tmp_path / "weights.pth"))
+    checkpoints.load_pretrained(model, str(tmp_path / "weights.pth"), FEATURES)
     assert torch.equal(model.fc.weight, head) and model.bn1.num_batches_tracked == 7
     model.fc = published.fc
     gray = torch.randn(2, 1, 100, 384)
@@ -215,12 +217,12 @@ def test_pretrained_imagenet_comes_through_torch_hub(published, tmp_path, monkey
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(checkpoints, "IMAGENET_URL", there.as_uri())
     model = models.build_model("resnet18")
-    checkpoints.load_pretrained(model, "imagenet")
+    checkpoints.load_pretrained(model, "imagenet", FEATURES)
     assert torch.equal(model.bn1.running_mean, published.bn1.running_mean)
     there.rename(tmp_path / "resnet18-00000000.pth")  # its digest is another
     for name in ("resnet18-11111111.pth", "resnet18-00000000.pth"):
         monkeypatch.setattr(checkpoints, "IMAGENET_URL", (tmp_path / name).as_uri())
-        assert refused(checkpoints.load_pretrained, model, "imagenet").startswith("--pretrained imagenet: ")
+        assert refused(checkpoints.load_pretrained, model, "imagenet", FEATURES).startswith("--pretrained imagenet: ")
 
 
 @pytest.mark.slow
@@ -234,7 +236,7 @@ def test_pretrained_weights_that_do_not_fit_are_refused(published, tmp_path, nam
     if value is None:
         del state_dict[name]
     torch.save(state_dict, tmp_path / "weights.pth")
-    message = refused(checkpoints.load_pretrained, models.build_model("resnet18"), str(tmp_path / "weights.pth"))
+    message = refused(checkpoints.load_pretrained, models.build_model("resnet18"), str(tmp_path / "weights.pth"), FEATURES)
     assert message.startswith(f"--pretrained {tmp_path / 'weights.pth'}: ")
 
 
@@ -242,4 +244,5 @@ def test_pretrained_files_that_hold_no_state_dict_are_refused(tmp_path):
     model = models.build_model("resnet18", 2)
     for content in ([1], torch.zeros(3), {}, {1: 2}):
         torch.save(content, tmp_path / "weights.pth")
-        assert str(tmp_path / "weights.pth") in refused(checkpoints.load_pretrained, model, str(tmp_path / "weights.pth"))
+        path = str(tmp_path / "weights.pth")
+        assert path in refused(checkpoints.load_pretrained, model, path, FEATURES)

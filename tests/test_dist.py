@@ -119,7 +119,7 @@ def check_evaluation(root: Path, path: Path) -> None:
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], checkpoint["mean_std"], batch_size=4, device=CPU,
                                        tta_crops=9)
-    losses, predictions, _ = training.evaluate(model, batches, "fp32")
+    losses, predictions, *_ = training.evaluate(model, batches, "fp32")
     assert torch.equal(predictions, checkpoint["predictions"])
     assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-6)
 

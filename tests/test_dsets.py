@@ -1,5 +1,6 @@
 """Recordings as waveforms, mel-spectrograms, folds and batches."""
 import copy
+import math
 import os
 import re
 import shutil
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import librosa
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,22 +137,69 @@ def silence(channels: int = 1) -> np.ndarray:
 def test_sounds_that_a_network_cannot_judge_are_told(tmp_path, samples, note):
     soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
     for listen in (lambda notes: list(dsets.windows(tmp_path / "a.wav", notes=notes)),
-                   lambda notes: dsets.load_waveform(tmp_path / "a.wav", notes)):  # does not hear the sixth second
+                   lambda notes: list(dsets.load_clips(tmp_path / "a.wav", [(0.0, math.nan)], notes))):  # the first 5 s
         notes = []
         listen(notes)
-        assert notes == ([note] if note else [])
+        assert [found for found in notes if found != dsets.LONGER] == ([note] if note else [])
 
 
-def test_clips_that_a_network_cannot_judge_are_named_once_and_trained_on(own_root, capsys):
-    soundfile.write(own_root / "audio" / "1-0-A-0.wav", silence(), 44_100)
-    soundfile.write(own_root / "audio" / "1-0-A-1.wav", silence(), 44_100)
+def test_clips_that_a_network_cannot_judge_are_named_and_trained_on(own_root):
+    soundfile.write(own_root / "audio" / "1-0-A-0.wav", silence()[:220_500], 44_100)
+    soundfile.write(own_root / "audio" / "1-0-A-1.wav", silence()[:220_500], 44_100)
     soundfile.write(own_root / "audio" / "2-0-A-1.wav", tone(5, 44_100)[:, None] * [1, -1], 44_100)
-    dsets.ESC50(own_root)
-    assert sorted(capsys.readouterr().err.splitlines()) == [
-        "note   1 clip has channels that cancel each other, their mean is silent: 2-0-A-1.wav",
-        "note   2 clips are silent: 1-0-A-0.wav, 1-0-A-1.wav"]
-    dsets.ESC50(own_root)  # from the cache
-    assert capsys.readouterr().err == ""
+    for _ in range(2):  # the second time from the cache
+        assert sorted(dsets.ESC50(own_root).notes) == [
+            "1 recording has channels that cancel each other, their mean is silent: audio/2-0-A-1.wav",
+            "2 recordings are silent: audio/1-0-A-0.wav, audio/1-0-A-1.wav"]
+
+
+SPANS = [(0.0, math.nan), (0.5, 3.0), (0.5, 5.25), (2.0, 20.0), (7.25, 8.0), (11.0, math.nan)]
+
+
+@pytest.mark.parametrize("rate", [44_100, 22_050])
+def test_parts_of_a_recording_are_those_of_the_whole(tmp_path, rate):
+    """Parts that overlap, leave gaps and reach beyond the end; the recording is decoded once for all of them."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 12 * rate)
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    whole = torch.cat([waveform[0, :length] for _, length, waveform in dsets.windows(tmp_path / "a.wav")])
+    notes = []
+    for (start, end), waveform in zip(SPANS, dsets.load_clips(tmp_path / "a.wav", SPANS, notes), strict=True):
+        last = start + 5 if math.isnan(end) else min(end, start + 5)
+        part = whole[round(start * 44_100):round(last * 44_100)]
+        assert torch.equal(waveform, F.pad(part, (0, dsets.CLIP_SAMPLES - len(part)))[None])
+        assert torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, end), waveform)
+    assert notes == [dsets.LONGER]
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.wav'}: ends at 12.00 s")):
+        list(dsets.load_clips(tmp_path / "a.wav", [(0.0, 5.0), (13.0, 18.0)]))
+
+
+def test_parts_far_into_a_recording_take_no_more_memory(tmp_path, monkeypatch):
+    longest, concatenate = [], np.concatenate
+
+    def watched(parts, *arguments, **keywords):
+        result = concatenate(parts, *arguments, **keywords)
+        longest.append(len(result))
+        return result
+    soundfile.write(tmp_path / "a.wav", np.zeros(120 * 44_100), 44_100)
+    monkeypatch.setattr(np, "concatenate", watched)
+    assert len(list(dsets.load_clips(tmp_path / "a.wav", [(0.0, 5.0), (100.0, 105.0)]))) == 2
+    assert max(longest) < 8 * 44_100
+
+
+@pytest.mark.parametrize("seconds, spans", [
+    (0.5, [(0, 0.5)]), (5.05, [(0, 5)]), (5.9, [(0, 5)]), (6.5, [(0, 5), (5, 6.5)]), (10, [(0, 5), (5, 10)])])
+def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans):
+    for name, length in (("a.wav", seconds), ("b.wav", 5)):
+        (tmp_path / name[0]).mkdir()
+        soundfile.write(tmp_path / name[0] / name, tone(length, 8000), 8000)
+    table = pd.DataFrame({"file": ["a/a.wav", "b/b.wav"], "start": 0.0, "end": [math.nan, math.nan]})
+    ds = dsets.ESC50.__new__(dsets.ESC50)
+    ds.root = tmp_path
+    found = ds.split_long(table)
+    mine = found[found["file"] == "a/a.wav"]
+    assert list(zip(mine["start"], mine["end"])) == [pytest.approx(span, abs=0.01) for span in spans]
+    part = ds.split_long(pd.DataFrame({"file": ["a/a.wav"], "start": [0.25], "end": [3.0]}))
+    assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)
 
 
 def test_a_clip_is_refused_only_where_less_than_5_s_are_there_and_something_is_odd(own_root, capsys):
@@ -242,8 +292,8 @@ def test_parameters_that_cannot_work_are_refused_in_one_line(change, named):
 
 def test_the_data_set_in_a_notebook(dataset, shared_root):
     assert len(dataset) == 24
-    assert repr(dataset) == (f"ESC50({str(shared_root)!r}: 24 clips, 4 classes, folds 1, 2, 3; "
-                             f"features (1, 128, 431) in dB)")
+    assert repr(dataset) == (f"ESC-50 {str(shared_root)!r}: 24 clips, 4 classes, folds 1, 2, 3; "
+                             f"features (1, 128, 431) in dB")
     assert dataset.classes == ["sound_0", "sound_1", "sound_2", "sound_3"]
     feature, target = dataset[5]
     assert feature.shape == (1, 128, 431) and feature.dtype == torch.float32

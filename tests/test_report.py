@@ -1,4 +1,5 @@
 """What a run shows: pictures, report.csv, the summary and its table, TensorBoard, the comparison of two runs."""
+import io
 import json
 import math
 import threading
@@ -177,7 +178,8 @@ def test_tensorboard_has_each_epoch_once_after_resuming(reference):
 def test_report_csv_has_a_row_a_class(tmp_path):
     report.write_report(tmp_path, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), ["rain", "dog, large", "never"])
     table = pd.read_csv(tmp_path / "report.csv")
-    assert list(table.columns) == ["class", "precision", "recall", "f1", "clips"]
+    assert list(table.columns) == ["class", "precision", "recall", "f1", "clips", "number"]
+    assert table["number"].tolist() == [0, 1, 2]
     assert table["class"].tolist() == ["rain", "dog, large", "never"] and table["clips"].tolist() == [2, 2, 0]
     assert table["precision"].tolist() == pytest.approx([1, 2 / 3, 0], abs=1e-4) and table["recall"].tolist() == [0.5, 1, 0]
 
@@ -293,3 +295,30 @@ def test_rerun_prints_the_comparison(reference, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("\n".join(report.compare_runs(reference, tmp_path / "again")) + "\n")
     run("--rerun", reference, "--lr", 1, status=2)
     assert "--lr" in error_line(capsys)
+
+
+def test_class_names_of_any_script_appear_or_their_numbers_do(monkeypatch, recwarn):
+    names = ["rain", "été", "\U0001faa2 knot", "雨"]  # the third is an emoji that few fonts have
+    from matplotlib import font_manager
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in font_manager.fontManager.ttflist
+                                                              if font.name == "DejaVu Sans"])
+    drawn, families = report.drawable(names)
+    assert drawn == ["rain", "été", "2", "3"] and families == ["DejaVu Sans"]
+    figure = report.confusion_figure(np.eye(4, dtype=int), names)
+    figure.savefig(io.BytesIO(), format="png")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == drawn
+    report.examples_figure(np.zeros((2, 1, 10, 10)), names[2:]).savefig(io.BytesIO(), format="png")
+    assert not recwarn.list
+
+
+def test_a_font_that_has_the_letters_is_used(monkeypatch):
+    from matplotlib import font_manager, ft2font
+    other = font_manager.FontEntry(fname="other.ttf", name="Other")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [other])
+    real = ft2font.FT2Font
+
+    class Font:
+        def __new__(cls, path):
+            return real(path) if path != "other.ttf" else type("Other", (), {"get_charmap": lambda self: {ord("雨"): 1}})()
+    monkeypatch.setattr(ft2font, "FT2Font", Font)
+    assert report.drawable(["雨", "rain"]) == (["雨", "rain"], ["DejaVu Sans", "Other"])

@@ -1,5 +1,6 @@
 """Tables of data sets: what is read, and that what is wrong is refused by file, line and column."""
 import re
+import wave
 from pathlib import Path
 
 import pandas as pd
@@ -88,7 +89,7 @@ def test_a_folder_without_a_table_is_refused_with_what_to_do(tmp_path):
 
 def test_the_columns_have_their_types(own_root):
     table = tables.read_esc50(own_root)
-    assert list(table.columns) == ["filename", "fold", "target", "category", "esc10"] and len(table) == 4
+    assert list(table.columns) == ["filename", "fold", "target", "category", "esc10", "file"] and len(table) == 4
     assert table["fold"].tolist() == [1, 1, 2, 2] and table["target"].tolist() == [0, 1, 0, 1]
     assert table["esc10"].dtype == bool and table["esc10"].all()
 
@@ -107,3 +108,140 @@ def test_names_that_look_like_missing_values_are_names(own_root):
     assert tables.read_esc50(own_root)["category"].tolist() == ["NA", "été 音"] * 2
     path.write_text(path.read_text().replace("True", "TRUE"))
     assert tables.read_esc50(own_root)["esc10"].all()
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+def write_sounds(root: Path, names: list[str]) -> Path:
+    """Recordings of a twentieth of a second."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(root / name), "wb") as file:
+            file.setparams((1, 2, 8000, 400, "NONE", ""))
+            file.writeframes(bytes(800))
+    return root
+
+
+def write_table(root: Path, *lines: str, name: str = "metadata.csv") -> Path:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def refused(root: Path, folds=None) -> str:
+    with pytest.raises(UserError) as refusal:
+        tables.read_table(root, folds)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+URBANSOUND = "slice_file_name,fsID,start,end,salience,fold,classID,class"
+
+
+def test_urbansound8k_is_read_as_published(tmp_path):
+    root = write_table(tmp_path, URBANSOUND, "100032-3-0-0.wav,100032,0.0,0.317551,1,5,3,dog_bark",
+                       "100263-2-0-117.wav,100263,58.5,62.5,1,10,2,children_playing", name="metadata/UrbanSound8K.csv")
+    layout, table, notes = tables.read_table(root)
+    assert layout == "UrbanSound8K" and notes == []
+    assert table["file"].tolist() == ["audio/fold10/100263-2-0-117.wav", "audio/fold5/100032-3-0-0.wav"]
+    assert table["category"].tolist() == ["children_playing", "dog_bark"] and table["fold"].tolist() == [10, 5]
+    # its start and end are those of the clip in its source: the file is the clip
+    assert table["start"].tolist() == [0.0, 0.0] and table["end"].isna().all()
+    assert "--folds 5" in refused(root, folds=5)
+
+
+def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
+    root = write_table(tmp_path, "file_name,label,start,end,group,place", "day/a.wav,rain,,,,roof", "b.mp3,dog,2.5,7,street,yard",
+                       "b.mp3,cat,7,9.5,street,yard", "c.wav,dog,,,,", "d.wav,rain,1,,,")
+    layout, table, notes = tables.read_table(root, folds=2)
+    assert layout == "a table" and table["file"].tolist() == ["b.mp3", "b.mp3", "c.wav", "d.wav", "day/a.wav"]
+    assert table["start"].tolist() == [2.5, 7.0, 0.0, 1.0, 0.0] and table["end"].tolist()[:2] == [7.0, 9.5]
+    assert table["end"].isna().tolist() == [False, False, True, True, True]
+    assert table["category"].tolist() == ["dog", "cat", "dog", "rain", "rain"] and table["place"][4] == "roof"
+    assert table["group"].tolist() == ["street", "street", "c.wav", "d.wav", "day/a.wav"]
+    assert set(table["fold"]) == {1, 2} and table["fold"][0] == table["fold"][1]
+    assert len(notes) == 2 and "cat (1)" in notes[0] and "dealt to 2" in notes[1]
+
+
+@pytest.mark.parametrize("line, column, rows", [
+    (3, "label", ["a.wav,rain,0,5", "b.wav,,0,5"]),
+    (2, "file_name", ["../a.wav,rain,0,5", "b.wav,dog,0,5"]),
+    (2, "file_name", [",rain,0,5", "b.wav,dog,0,5"]),
+    (2, "file_name", ["/etc/passwd,rain,0,5", "b.wav,dog,0,5"]),
+    (4, "file_name", ["a.wav,rain,0,5", "b.wav,dog,0,5", "a.wav,dog,0,7"]),
+    (3, "end", ["a.wav,rain,0,5", "b.wav,dog,5,5"]),
+    (3, "start", ["a.wav,rain,0,5", "b.wav,dog,x,5"]),
+    (3, "start", ["a.wav,rain,0,5", "b.wav,dog,-1,5"]),
+    (3, "end", ["a.wav,rain,0,5", "b.wav,dog,0,inf"])])
+def test_a_bad_cell_of_ones_own_table_is_refused_by_line_and_column(tmp_path, line, column, rows):
+    message = refused(write_table(tmp_path, "file_name,label,start,end", *rows))
+    assert re.search(rf"metadata.csv: line {line}: {column} is ", message)
+
+
+@pytest.mark.parametrize("column, values, line", [
+    ("fold", ["1", "2", "1"], 4), ("fold", ["1", "", "1"], 3), ("fold", ["1", "2.5", "1"], 3), ("group", ["x", "x", "y"], 4)])
+def test_folds_and_groups_are_those_of_a_whole_recording(tmp_path, column, values, line):
+    rows = [f"{name},{label},{start},{value}" for name, label, start, value in zip(
+        ("a.wav", "b.wav", "b.wav"), ("rain", "dog", "dog"), (0, 0, 5), values)]
+    root = write_table(tmp_path, f"file_name,label,start,{column}", *rows)
+    assert f"line {line}: {column} is " in refused(root)
+
+
+def test_given_folds_are_kept_and_a_group_in_two_of_them_is_told(tmp_path):
+    root = write_table(tmp_path, "file_name,label,fold,group", "a.wav,rain,0,roof", "b.wav,dog,7,roof", "c.wav,dog,0,")
+    _, table, notes = tables.read_table(root)
+    assert table["fold"].tolist() == [0, 7, 0] and len(notes) == 1 and "roof" in notes[0]
+
+
+def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):
+    write_sounds(tmp_path, ["rain/b.wav", "rain/2024/roof/a.WAV", "dog/c.wave", "dog/._c.wave", "雨/d.wav", "loose.wav"])
+    for name in ("rain/notes.txt", "empty/readme.txt", "features/logmel-0.npy", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    layout, table, notes = tables.read_table(tmp_path, folds=2)
+    assert layout == "folders" and table["file"].tolist() == ["dog/c.wave", "rain/2024/roof/a.WAV", "rain/b.wav", "雨/d.wav"]
+    assert table["category"].tolist() == ["dog", "rain", "rain", "雨"]
+    assert sum("empty" in note for note in notes) == 1 and not any("features" in note or ".git" in note for note in notes)
+    assert sum("loose.wav" in note for note in notes) == 1
+
+
+def test_links_to_one_recording_are_never_divided_and_told(tmp_path):
+    write_sounds(tmp_path, [f"{name}/{number}.wav" for name in ("rain", "dog") for number in range(3)])
+    (tmp_path / "dog" / "again.wav").symlink_to("../rain/0.wav")
+    (tmp_path / "whole").symlink_to(".")
+    _, table, notes = tables.read_table(tmp_path, folds=2)
+    assert set(table["category"]) == {"rain", "dog"} and len(table) == 7
+    assert table[table["file"].isin(["dog/again.wav", "rain/0.wav"])]["fold"].nunique() == 1
+    assert sum("1 recordings are in several classes" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize("names, words", [
+    ([], "holds no data set"), (["rain/a.wav", "rain/b.wav"], "one class (rain)"), (["audio/a.wav"], "meta/esc50.csv"),
+    (["audio/a.wav", "dog/b.wav"], "meta/esc50.csv"), (["a.wav", "b.wav"], "holds no data set")])
+def test_folders_that_hold_no_data_set_are_refused(tmp_path, names, words):
+    assert words in refused(write_sounds(tmp_path, names)) and f"--data {tmp_path}" in refused(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    assert "no such folder" in refused(tmp_path / "absent")
+
+
+def test_of_several_layouts_the_first_is_taken_and_told(own_root):
+    write_table(own_root, "file_name,label", "audio/a.wav,x", "audio/b.wav,y")
+    layout, _, notes = tables.read_table(own_root)
+    assert layout == "ESC-50" and len(notes) == 1 and "metadata.csv" not in layout and "ESC-50 is used" in notes[0]
+
+
+def test_dealt_folds_are_stratified_whole_in_groups_and_the_same_in_any_order(tmp_path):
+    rows = [f"{label}/{number}.wav,{label},{label}-{number // 2}" for label in ("rain", "dog", "cat") for number in range(20)]
+    _, table, notes = tables.read_table(write_table(tmp_path / "one", "file_name,label,group", *rows))
+    _, other, _ = tables.read_table(write_table(tmp_path / "other", "file_name,label,group", *reversed(rows)))
+    assert len(notes) == 1 and "dealt to 5" in notes[0] and sorted(table["fold"].unique()) == [1, 2, 3, 4, 5]
+    assert (table.groupby(["fold", "category"]).size() == 4).all() and (table.groupby("group")["fold"].nunique() == 1).all()
+    pd.testing.assert_frame_equal(table, other)
+
+
+def test_more_folds_than_recordings_are_refused(tmp_path):
+    write_sounds(tmp_path, ["rain/a.wav", "rain/b.wav", "dog/c.wav"])
+    assert "--folds 5" in refused(tmp_path) and "2" in refused(tmp_path)
+    assert set(tables.read_table(tmp_path, 2)[1]["fold"]) == {1, 2}

@@ -9,13 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, precision_score, recall_score
+from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import dsets
 import models
 import training
-from conftest import CPU, error_line, PROJECT, results_of, run, Tiny, train_in
+from conftest import CPU, error_line, PROJECT, refused, results_of, run, Tiny, train_in
 from util import checkpoint as checkpoints
 from util import demo, download, report, rundir
 from util import device as machine
@@ -33,11 +37,11 @@ pytestmark = pytest.mark.usefixtures("tiny", "small_pictures")  # cnn8 is tiny h
 STRONG = ["--recipe", "strong"]  # before train_in's short epochs: a flag given twice has its last value
 
 
-def last_checkpoint(run_dir: Path, seed: int = 42, fold: int = 1) -> dict:
+def last_checkpoint(run_dir: Path, seed: int = 42, fold: int | str = 1) -> dict:
     return checkpoints.load_checkpoint(rundir.training_dir(run_dir, seed, fold) / "last.pt")
 
 
-def weights_of(run_dir: Path, seed: int = 42, fold: int = 1) -> dict:
+def weights_of(run_dir: Path, seed: int = 42, fold: int | str = 1) -> dict:
     return last_checkpoint(run_dir, seed, fold)["model"]
 
 
@@ -67,7 +71,7 @@ def test_metrics_of_an_evaluation_do_not_depend_on_the_batch_size(dataset):
     model = Tiny(4)
     _, validation = dataset.split(1)
     results = [training.compute_metrics(*training.evaluate(
-        model, dsets.validation_batches(dataset, validation, (-40.0, 20.0), batch_size=size, device=CPU), "fp32"))
+        model, dsets.validation_batches(dataset, validation, (-40.0, 20.0), batch_size=size, device=CPU), "fp32")[:3])
         for size in (1, 3, 8)]
     for metrics in results[1:]:
         assert metrics == pytest.approx(results[0], rel=1e-5)
@@ -196,10 +200,10 @@ def test_the_loss_of_mixed_examples_is_that_of_both_targets():
             return logits
     logits, lam = torch.randn(3, 5), torch.tensor([0.5, 0.75, 1.0])
     targets, other_targets = torch.tensor([0, 3, 3]), torch.tensor([4, 0, 2])
-    losses, predictions = training.forward(Fixed(), torch.zeros(3, 1, 100, 384), targets, "fp32", lam, other_targets, 0.1)
+    losses, found = training.forward(Fixed(), torch.zeros(3, 1, 100, 384), targets, "fp32", lam, other_targets, 0.1)
     soft = lam[:, None] * F.one_hot(targets, 5) + (1 - lam[:, None]) * F.one_hot(other_targets, 5)
     torch.testing.assert_close(losses, F.cross_entropy(logits, soft, reduction="none", label_smoothing=0.1))
-    assert torch.equal(predictions, logits.argmax(dim=1))
+    assert torch.equal(found, logits)
 
 
 def test_logits_of_several_crops_are_averaged():
@@ -207,10 +211,10 @@ def test_logits_of_several_crops_are_averaged():
         def forward(self, examples):
             return examples[:, 0, 0, :3]  # an example's own first numbers
     examples, targets = torch.randn(6, 1, 100, 384), torch.tensor([2, 0])
-    losses, predictions = training.forward(Each(), examples, targets, "fp32")
+    losses, found = training.forward(Each(), examples, targets, "fp32")
     logits = torch.stack([examples[[clip, clip + 2, clip + 4], 0, 0, :3].mean(dim=0) for clip in range(2)])
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
-    assert torch.equal(predictions, logits.argmax(dim=1))
+    torch.testing.assert_close(found, logits)
 
 
 # --- how weights move -------------------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def test_the_averaged_weights_are_evaluated_and_saved(pristine_root, tmp_path):
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], checkpoint["mean_std"], batch_size=4, device=CPU,
                                        tta_crops=9)
-    losses, predictions, _ = training.evaluate(model, batches, checkpoint["precision"])
+    losses, predictions, *_ = training.evaluate(model, batches, checkpoint["precision"])
     assert torch.equal(predictions, checkpoint["predictions"])
     assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-5)
 
@@ -529,3 +533,140 @@ def test_a_process_that_a_signal_ended_is_resumed_to_the_same_bits(pristine_root
     run("--resume", tmp_path / "run")
     run(*flags, "--epochs", epoch + 1, "--run-dir", tmp_path / "whole")  # in the one thread that --resume took
     assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+
+
+# --- all clips, unequal classes, predictions --------------------------------------------------------------------------
+
+def test_fold_none_trains_on_all_clips_and_validates_nothing(pristine_root, tmp_path, capsys):
+    run_dir = train_in(tmp_path / "run", pristine_root, "--fold", "none")
+    folder = run_dir / "seed-42" / "fold-none"
+    rows = rundir.read_metrics(folder)
+    assert [(row["phase"], row["epoch"], row["fold"]) for row in rows] == [("training", 1, "none"), ("training", 2, "none")]
+    assert not (folder / "best.pt").exists() and not (folder / "report.csv").exists()
+    assert "12 training clips" in capsys.readouterr().out
+    assert json.loads((run_dir / "summary.json").read_text())["trainings"] == []
+    before = (folder / "last.pt").read_bytes()
+    run("--resume", run_dir)  # finished: nothing is trained again
+    assert (folder / "last.pt").read_bytes() == before
+    run("--resume", run_dir, "--epochs", 3)
+    longer = train_in(tmp_path / "longer", pristine_root, "--fold", "none", "--epochs", 3)
+    assert same_weights(weights_of(run_dir, fold="none"), weights_of(longer, fold="none"))
+
+
+def test_fold_none_has_no_place_in_a_mean(pristine_root, tmp_path):
+    run_dir = train_in(tmp_path / "run", pristine_root, "--fold", "none", 1)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [training["fold"] for training in summary["trainings"]] == [1]
+    assert rundir.read_run_config(run_dir)["flags"]["fold"] == ["none", 1]
+
+
+def test_balanced_weights_are_scikit_learns():
+    targets = torch.tensor([0] * 7 + [1] * 2 + [3])
+    weights = training.balanced_weights(targets, 4)
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=targets.numpy())
+    assert weights[[0, 1, 3]].tolist() == pytest.approx(expected)
+
+
+def test_class_weights_multiply_the_training_loss_alone(pristine_root, tmp_path, monkeypatch):
+    seen, forward = [], training.forward
+
+    def watched(*arguments, **keywords):
+        seen.append([argument for argument in arguments[7:]])
+        return forward(*arguments, **keywords)
+    monkeypatch.setattr(training, "forward", watched)
+    train_in(tmp_path / "run", pristine_root, "--class-weights", "balanced", "--epochs", 1)
+    trained = [each for each in seen if each]
+    assert len(trained) == 4 and all(torch.equal(each[0], torch.ones(2)) for each in trained) and len(seen) == 5  # one validates
+    logits, targets = torch.randn(3, 2), torch.tensor([0, 1, 1])
+    weights = torch.tensor([2.0, 0.5])
+    losses, _ = forward(lambda examples: logits, torch.zeros(3, 1, 100, 384), targets, "fp32", None, None, 0.0, weights)
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses, plain * torch.tensor([2.0, 0.5, 0.5]))
+
+
+def test_predictions_csv_has_a_row_for_each_validated_clip(shared_run, pristine_root):
+    tables = []
+    for folder in sorted(shared_run.glob("seed-*/fold-*")):
+        table, row = pd.read_csv(folder / "predictions.csv"), rundir.read_metrics(folder)[-1]
+        columns = "file,start,fold,true_class,predicted_class,probability,true_probability"
+        assert list(table.columns) == columns.split(",")
+        assert (table["fold"] == row["fold"]).all() and len(table) == 4 and table["file"].str.startswith("audio/").all()
+        right = table["true_class"] == table["predicted_class"]
+        assert right.mean() == row["accuracy"]
+        assert -np.log(table["true_probability"]).mean() == pytest.approx(row["loss"], rel=1e-4)
+        assert (table["probability"] >= table["true_probability"] - 1e-6).all()
+        assert table["probability"][right].tolist() == pytest.approx(table["true_probability"][right].tolist(), rel=1e-4)
+        tables.append(table)
+    pd.testing.assert_frame_equal(pd.read_csv(shared_run / "predictions.csv"), pd.concat(tables, ignore_index=True))
+
+
+# --- data of one's own ------------------------------------------------------------------------------------------------
+
+def write_tone(path: Path, hertz: float, seconds: float, rate: int = 16_000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = 0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+    soundfile.write(path, samples, rate)
+
+
+def test_a_folder_of_class_folders_is_trained_and_told_about(tmp_path, capsys):
+    root = tmp_path / "sounds"
+    for number in range(3):
+        write_tone(root / "high" / f"{number}.wav", 3000, 12.5 if number == 0 else 5)
+        write_tone(root / "低い" / f"{number}.flac", 300, 2)
+    flags = ["--folds", 3, "--fold", "all"]
+    run_dir = train_in(tmp_path / "run", root, *flags)
+    told = capsys.readouterr().out
+    assert "folders " in told and "6 clips, 2 classes, folds 1, 2, 3" in told
+    assert "1 recording is longer than 5 s: high/0.wav" in told
+    assert json.loads((run_dir / "summary.json").read_text())["mean"]["accuracy"] >= 0
+    assert set(pd.read_csv(run_dir / "predictions.csv")["true_class"]) == {"high", "低い"}
+
+    train_in(tmp_path / "split", root, "--split-long", *flags)
+    told = capsys.readouterr().out
+    assert "8 clips, 2 classes" in told and "longer than 5 s" not in told and "3 clips of 低い to 5 of high" in told
+    table = pd.read_csv(tmp_path / "split" / "predictions.csv")
+    assert sorted(table[table["file"] == "high/0.wav"]["start"]) == [0, 5, 10]
+    assert table[table["file"] == "high/0.wav"]["fold"].nunique() == 1
+
+
+def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pristine_root, tmp_path, monkeypatch):
+    other = train_in(tmp_path / "other", pristine_root, "--epochs", 1)
+    path = other / "seed-42" / "fold-1" / "last.pt"
+    dataset = dsets.ESC50(pristine_root)
+    plain, loaded = (training.start_model("cnn8", source, dataset, 1, 2).state_dict() for source in (None, str(path)))
+    expected = weights_of(other)
+    for name in plain:
+        assert torch.equal(loaded[name], plain[name] if name.startswith("fc.") else expected[name])
+    train_in(tmp_path / "new", pristine_root, "--pretrained", path)
+    params = dsets.FeatureParams(top_db=60.0)
+    monkeypatch.setattr(dataset, "params", params)
+    assert "top_db" in refused(training.start_model, "cnn8", str(path), dataset, 1, 2)
+    assert "--pretrained" in refused(training.start_model, "resnet18", str(path), dsets.ESC50(pristine_root), 1, 2)
+
+
+# --- unusual environments ---------------------------------------------------------------------------------------------
+
+def test_a_thread_trains_as_the_main_thread_does(pristine_root, tmp_path, shared_run):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_in, tmp_path / "run", pristine_root, "--fold", 1, "--seed", 1).result()
+    assert same_weights(weights_of(tmp_path / "run", 1), weights_of(shared_run, 1))
+
+
+def test_a_finished_run_prints_its_table_after_an_upgrade(reference, capsys):
+    run_config = rundir.read_run_config(reference)
+    run_config["versions"]["numpy"] = "0.1"
+    rundir.write_json(reference / "run.json", run_config)
+    run("--resume", reference)
+    assert "mean" in capsys.readouterr().out
+    run("--resume", reference, "--epochs", 3, status=2)
+    assert "numpy" in error_line(capsys)
+
+
+def test_a_path_that_the_terminal_cannot_show_is_escaped(pristine_root, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    code = ("import models, sys, training; from conftest import Tiny; models.MODELS['cnn8'] = Tiny; "
+            "sys.exit(training.main(sys.argv[1:]))")
+    flags = ["--data", pristine_root, "--run-dir", tmp_path / "Läufe", "--epochs", 1, "--views", 1, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=PROJECT, capture_output=True,
+                          env=environment | {"PYTHONPATH": str(PROJECT / "tests")})
+    assert done.returncode == 0 and done.stderr == b"" and rb"L\xe4ufe" in done.stdout

@@ -2,8 +2,11 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,47 +15,64 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.errors import UserError, first_ten, write_atomically
+from util.errors import UserError, check_regular_file, first_ten, write_atomically
 from util.rundir import remove_parts
 
 LIBRARIES = ("torch", "torchaudio", "av", "soxr")  # that features are computed with
 
 
-def load_features(root: Path, names: list[str], compute, shape: tuple[int, ...], params: dict) -> tuple[torch.Tensor, list[str]]:
-    """Features (N, *shape) float32 of the files root/<name>, memory-mapped, and each file's SHA-256.
+def load_features(root: Path, clips: list[tuple], compute, shape: tuple[int, ...], params: dict, kind: str = "logmel"):
+    """Features (N, *shape) float32 of the clips, memory-mapped; each clip's file's SHA-256; remarks, each with its files' names.
 
-    compute(path) gives one file's features as an array of `shape`; params are all the numbers they depend on. They are
-    computed the first time and whenever a file, a parameter or a library has changed.
+    clips: (name, start, end) of each: a part of the file root/<name>, those of one file in a row. compute(path, spans, remarks)
+    yields the features of a file's spans (start, end) one after the other, each an array of `shape`, and may append strings to
+    `remarks`; params are all the numbers they depend on. Features are computed the first time and whenever a file, a clip, a
+    parameter or a library has changed.
     Raises UserError naming the files (ten at most) that cannot be used.
     """
-    files = []
-    for name in names:
+    files = {name: [span for _, *span in spans] for name, spans in itertools.groupby(clips, key=lambda clip: clip[0])}
+    stats = []
+    for name in files:
         with contextlib.suppress(OSError):  # a missing file is reported when the features are computed
             stat = os.stat(root / name)
-            files.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])  # ctime: swapped files keep their mtime
-    prefix = f"logmel-{digest(params)}"  # of these parameters: a checkout with others keeps its own
-    file_name = f"{prefix}-{digest([files, [importlib.metadata.version(name) for name in LIBRARIES]])}.npy"
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
-    folders = [root / "features", Path(home) / "esc50-features" / digest(str(root.resolve()))]  # the second if root is read-only
+            stats.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])  # ctime: swapped files keep their mtime
+    prefix = f"{kind}-{digest(params)}"  # of these parameters: a checkout with others keeps its own
+    key = digest([stats, clips, [importlib.metadata.version(name) for name in LIBRARIES]])
+    file_name = f"{prefix}-{key}.npy"
+    folders = [root / "features"]
+    for home in (os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache"),
+                 tempfile.gettempdir()):  # where root is read-only; a user without a home has no cache folder
+        if not home.startswith("~"):
+            folders.append(Path(home) / "esc50-features" / digest(str(root.resolve())))
     for folder in folders:
-        if cached := read_cache(folder / file_name, (len(names), *shape)):
+        if cached := read_cache(folder / file_name, files, shape):
             return cached
     for folder in folders:
         with contextlib.ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(filelock.FileLock(folder / "lock"))  # a second process waits for the first one's features
-            except OSError:  # not writable
+            except (OSError, NotImplementedError):  # not writable, or on a file system without locks
                 continue
-            if cached := read_cache(folder / file_name, (len(names), *shape)):
+            if cached := read_cache(folder / file_name, files, shape):
                 return cached
             remove_parts(folder)
             for stale in folder.glob(f"{prefix}-*"):
                 with contextlib.suppress(OSError):  # in use by another process (Windows)
                     stale.unlink()
-            compute_features(root, names, folder / file_name, compute, shape)
-            return read_cache(folder / file_name, (len(names), *shape))
+            compute_features(root, files, folder / file_name, compute, shape)
+            return read_cache(folder / file_name, files, shape)
     raise UserError(f"{' and '.join(map(str, folders))}: are not writable; make one of them so, or set XDG_CACHE_HOME")
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256; UserError if it cannot be read."""
+    check_regular_file(path)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def digest(content) -> str:
@@ -60,51 +80,61 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def read_cache(path: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]] | None:
-    """The cached features and file digests, or None if they are not there or damaged."""
+def read_cache(path: Path, files: dict, shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str], dict[str, list[str]]] | None:
+    """What load_features returns, or None if it is not there or damaged."""
     try:
-        digests = json.loads(path.with_suffix(".json").read_text())
-        features = np.load(path, mmap_mode="c")  # copy on write: nothing done to the tensor reaches the file
-        if features.shape != shape or features.dtype != np.float32 or len(digests) != shape[0]:
+        of_files = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        try:
+            features = np.load(path, mmap_mode="c")  # copy on write: nothing done to the tensor reaches the file
+        except OSError:  # it is not there, or its file system has no mmap
+            features = np.load(path)
+        digests, remarks = [], {}
+        for (name, spans), (sha256, said) in zip(files.items(), of_files, strict=True):
+            digests += [sha256] * len(spans)
+            for remark in said:
+                remarks.setdefault(remark, []).append(name)
+        if features.shape != (len(digests), *shape) or features.dtype != np.float32:
             return None
     except (OSError, ValueError, EOFError, AttributeError, TypeError):  # whatever else the files hold
         return None
-    return torch.from_numpy(features), digests
+    return torch.from_numpy(features), digests, remarks
 
 
-def compute_features(root: Path, names: list[str], path: Path, compute, shape: tuple[int, ...]) -> None:
-    """Write the features of the files root/<name> to `path` and their SHA-256 beside it, all cores busy."""
-    digests, errors = [""] * len(names), [""] * len(names)
+def compute_features(root: Path, files: dict, path: Path, compute, shape: tuple[int, ...]) -> None:
+    """Write the features of all spans of the files root/<name> to `path`, and the files' SHA-256 and remarks beside it."""
+    items, of_files, errors = list(files.items()), [None] * len(files), [""] * len(files)
+    offsets = [0, *itertools.accumulate(map(len, files.values()))]  # the row of each file's first span
 
     def write_both(temporary: Path) -> None:
-        features = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(names), *shape))
-        header_bytes, clip_bytes = features.offset, features[0].nbytes
-        del features  # written as a file: cheaper than page by page, and a full disk is an error one can catch
+        # a plain file: cheaper than page by page, a full disk is an error one can catch, and some file systems have no mmap
+        with open(temporary, "wb") as output:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (offsets[-1], *shape)}
+            np.lib.format.write_array_header_1_0(output, header)
+            header_bytes, clip_bytes = output.tell(), 4 * math.prod(shape)
+            output.truncate(header_bytes + offsets[-1] * clip_bytes)
 
         def compute_one(index: int) -> None:
-            try:
-                with torch.inference_mode():
-                    feature = compute(root / names[index])
-                with open(root / names[index], "rb") as file:
-                    digests[index] = hashlib.file_digest(file, "sha256").hexdigest()
-            except (UserError, OSError) as error:
-                errors[index] = str(error)
-                return
-            with open(temporary, "rb+") as file:
-                file.seek(header_bytes + index * clip_bytes)
-                file.write(feature.tobytes())
+            (name, spans), remarks = items[index], []
+            with torch.inference_mode(), open(temporary, "rb+") as output:
+                output.seek(header_bytes + offsets[index] * clip_bytes)
+                try:
+                    of_files[index] = sha256(root / name), remarks
+                    for feature in compute(root / name, spans, remarks):
+                        output.write(feature.tobytes())
+                except UserError as error:
+                    errors[index] = str(error)
 
         # One clip a thread: its spectrum stays in the processor's cache, which a batch's does not.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            in_threads(compute_one, range(len(names)), "features")
+            in_threads(compute_one, range(len(files)), "features")
         finally:
             torch.set_num_threads(threads)
         if any(errors):
-            raise UserError(f"{first_ten(errors)}; fix them, take them out of the table, or fetch the data again (--download)")
-        # the digests first: where there are features, they are there too
-        write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(digests)))
+            raise UserError(f"{first_ten(errors)}; fix them, take them out, or fetch ESC-50 again (--download)")
+        # these first: where there are features, they are there too
+        write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(of_files)))
 
     write_atomically(path, write_both)
 

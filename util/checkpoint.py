@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
+from util.rundir import check_same
 
 CHECKPOINT_TYPES = {"model": dict, "model_name": str, "classes": list, "features": dict, "mean_std": list, "flags.tta_crops": int,
-                    "seed": int, "fold": int, "precision": str, "epoch": int, "history": list, "predictions": torch.Tensor}
+                    "seed": int, "fold": (int, str), "precision": str, "epoch": int, "history": list}
 
 # torchvision's ResNet18_Weights.IMAGENET1K_V1
 IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
@@ -67,26 +68,36 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str | Path, str
     return keys
 
 
-def load_pretrained(model: torch.nn.Module, source: str) -> None:
-    """Load ResNet-18 weights in torchvision's layout into a models.ResNet18, all but the last layer.
+def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None:
+    """Load the weights of all layers but the last one: of a checkpoint of this program, or ResNet-18's in torchvision's layout.
 
-    source: "imagenet" (torchvision's published weights, fetched once into torch.hub's cache) or a file's path.
+    source: a file's path, or "imagenet" (torchvision's published weights, fetched once into torch.hub's cache).
+    features: the dsets.FeatureParams of this training; a checkpoint must have the same.
     A stem of three input channels is summed to one: a gray picture, given as three equal channels, gives the same.
     Raises UserError if the weights cannot be fetched, read, or do not fit.
     """
+    head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1] + "."
+    expected, checkpoint = "a checkpoint of this program, or torchvision's resnet18 state dict", None
     try:
         if source == "imagenet":
             state_dict = torch.hub.load_state_dict_from_url(IMAGENET_URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
             state_dict = load_tensors(source)
-        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
-        state_dict["conv1.weight"] = state_dict["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
+        if "model_name" in state_dict:
+            checkpoint = state_dict
+            check_types(checkpoint, CHECKPOINT_TYPES)
+            state_dict = checkpoint["model"]
+        else:
+            state_dict["conv1.weight"] = state_dict["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(head)}
     except Exception as error:  # urllib and torch raise a dozen types, and the file may hold anything
         remedy = f"check the connection, or fetch {IMAGENET_URL} by hand and name the file" if source == "imagenet" else \
-            "expected torchvision's resnet18 state dict"
+            f"expected {expected}"
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
+    if checkpoint:
+        check_same(f"--pretrained {source}: has other features", checkpoint["features"], features)
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
-    missing = [name for name in missing if not name.startswith("fc.") and not name.endswith("num_batches_tracked")]  # of 0.4.1
+    missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:
-        raise UserError(f"--pretrained {source}: does not fit resnet18: lacks {missing[:3]}, has {unexpected[:3]} besides; "
-                        f"expected torchvision's resnet18 state dict")
+        raise UserError(f"--pretrained {source}: does not fit {type(model).__name__}: lacks {missing[:3]}, has {unexpected[:3]} "
+                        f"besides; expected {expected}")

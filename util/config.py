@@ -26,10 +26,10 @@ def number(kind: type, low: float, high: float):
 
 
 def fold_name(text: str) -> int | str:
-    """An argparse type: a fold's number, or "all"."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a fold's number nor all; a comment comes before the flags")
-    return text if text == "all" else int(text)
+    """An argparse type: a fold's number, "all" or "none"."""
+    if text not in ("all", "none") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fold's number nor all or none; a comment comes before the flags")
+    return text if text in ("all", "none") else int(text)
 
 
 def flag(default, help: str, **options):
@@ -47,14 +47,20 @@ class Config:
     """
 
     comment: str = flag("", "a word that names the run's folder; put it first, and quote several words", nargs="?")
-    data: str = flag("data/ESC-50", "the ESC-50 folder", metavar="DIR")
+    data: str = flag("data/ESC-50", "ESC-50, UrbanSound8K, a folder with a table metadata.csv, or one with a folder of "
+                                    "recordings for each class", metavar="DIR")
+    folds: int | None = flag(None, "deal the clips of a data folder without folds to K folds (default 5)",
+                             type=number(int, 2, 1000), metavar="K")
+    split_long: bool = flag(False, "make clips of 5 s of the whole of longer recordings, not of their first 5 s alone")
     download: bool = flag(False, "fetch ESC-50 into --data first, if it is not complete there")
     demo: bool = flag(False, "train on synthetic sounds, written once to data/demo; without --recipe, with defaults for a short "
                              "run: --epochs 14 --views 2 --batch-size 16 --lr 1e-3")
     esc10: bool = flag(False, "only the ten classes of ESC-10")
     model: str = flag("cnn8", "the network", choices=MODELS)
-    pretrained: str | None = flag(None, "start resnet18 from ImageNet weights, or a file of weights", metavar="{imagenet,PATH}")
-    fold: list = flag([1], "validation fold, one training for each: one, several, or all", nargs="+", type=fold_name, metavar="K")
+    pretrained: str | None = flag(None, "start from a checkpoint of this program, but for the last layer; resnet18 also from "
+                                        "ImageNet weights, or a file of them", metavar="{imagenet,PATH}")
+    fold: list = flag([1], "validation fold, one training for each: one, several, or all; none: train on all clips, "
+                                "validate nothing", nargs="+", type=fold_name, metavar="K")
     seed: list = flag([42], "seed: one or several, each with every fold", nargs="+", type=number(int, 0, 2 ** 63 - 1),
                       metavar="S")
     recipe: str = flag("blog", "the defaults of the flags below; a flag beside it overrides it", choices=("blog", "strong"))
@@ -69,6 +75,7 @@ class Config:
     time_mask: int = flag(100, "SpecAugment: each of two masks covers up to N frames", type=number(int, 0, 10 ** 5), metavar="N")
     mixup: float = flag(0.0, "mix pairs of examples, lam of Beta(ALPHA, ALPHA); 0: off", type=number(float, 0, 100),
                         metavar="ALPHA")
+    class_weights: str | None = flag(None, "balanced: rare classes weigh more in the loss", choices=("balanced",))
     label_smoothing: float = flag(0.0, "part of each target spread over all classes", type=number(float, 0, 0.99), metavar="X")
     time_shift: float = flag(0.0, "shift clips by up to S seconds; the end wraps around", type=number(float, 0, 5), metavar="S")
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
@@ -171,8 +178,8 @@ def parse_args(argv: list[str]) -> Config:
             raise UserError(f"{flag_name(name)} {value!r}: names a folder, expected printable letters and no / \\ : * ? \" < > |")
     if config.demo and config.download:
         raise UserError("--download: fetches ESC-50, --demo writes synthetic sounds; leave one of them out")
-    if config.pretrained and config.model != "resnet18":
-        raise UserError(f"--pretrained: there are weights for resnet18 only, not for {config.model}; add --model resnet18")
+    if config.pretrained == "imagenet" and config.model != "resnet18":
+        raise UserError(f"--pretrained imagenet: are weights for resnet18, not for {config.model}; add --model resnet18")
     if recorded:
         check_recorded(config, recorded)
     if config.resume:  # beside those that are there

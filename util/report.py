@@ -5,7 +5,6 @@ matplotlib, pandas, scikit-learn and TensorBoard take seconds to import: each fu
 import itertools
 from pathlib import Path
 
-import filelock
 import torch
 
 from util import rundir
@@ -14,7 +13,24 @@ from util.config import LOCATION_FLAGS
 from util.errors import write_atomically
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+LONGEST_NAME = 40  # letters of a class's name in pictures: longer ones leave them no room
 PHASES = {"training": ("#0072B2", "--"), "validation": ("#D55E00", "-")}  # Okabe & Ito's blue and vermilion: color-blind safe
+
+
+def drawable(names: list[str]) -> tuple[list[str], list[str]]:
+    """Names as a picture can show them, and the font families that have their letters; a name without a font is its number."""
+    from matplotlib import font_manager, ft2font
+    families, missing = ["DejaVu Sans"], {ord(letter) for letter in "".join(names)}  # matplotlib's own font
+    missing -= ft2font.FT2Font(font_manager.findfont(families[0])).get_charmap().keys()
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)) if missing else []:
+        if font.name.startswith("Last Resort"):  # it has boxes for all letters
+            continue
+        found = missing & ft2font.FT2Font(font.fname).get_charmap().keys()
+        if found:
+            families.append(font.name)
+            missing -= found
+    names = [name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME - 3] + "..." for name in names]
+    return [str(number) if missing & set(map(ord, name)) else name for number, name in enumerate(names)], families
 
 
 def curves_figure(rows: list[dict]):
@@ -26,6 +42,8 @@ def curves_figure(rows: list[dict]):
     trainings = len(table.groupby(["seed", "fold"]))
     for axes, metric, scale in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100)):
         for phase, (color, style) in PHASES.items():
+            if not (table["phase"] == phase).any():  # --fold none validates nothing
+                continue
             epochs = table[table["phase"] == phase].groupby("epoch")[metric]
             mean, std = scale * epochs.mean(), scale * epochs.std()
             axes.plot(mean.index, mean, color=color, linestyle=style, label=phase, marker="o" if len(mean) == 1 else None)
@@ -47,8 +65,9 @@ def confusion_figure(confusion, classes: list[str]):
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(confusion, cmap="Blues", vmin=0)  # one hue that only darkens: readable in gray
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
-    axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
+    names, families = drawable(classes)
+    axes.set_xticks(range(count), names, rotation=90, fontsize=7, family=families, parse_math=False)  # a $ is a $
+    axes.set_yticks(range(count), names, fontsize=7, family=families, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class")
     for row, column in zip(*confusion.nonzero()):
         color = "white" if confusion[row, column] > confusion.max() / 2 else "black"
@@ -62,12 +81,12 @@ def examples_figure(examples, titles: list[str]):
     from matplotlib.figure import Figure
     rows = -(-len(examples) // 4)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False)
+    grid, (titles, families) = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False), drawable(titles)
     for axes in grid.flat[len(examples):]:
         axes.set_visible(False)
     for axes, example, title in zip(grid.flat, examples, titles):
         image = axes.imshow(example[0], origin="lower", aspect="auto", cmap="magma", vmin=-3, vmax=3)
-        axes.set_title(title, fontsize=9, parse_math=False)
+        axes.set_title(title, fontsize=9, family=families, parse_math=False)
     figure.supxlabel("frame of the crop", fontsize=9), figure.supylabel("mel of the crop", fontsize=9)
     figure.colorbar(image, ax=grid, label="standard deviations from the mean")
     return figure
@@ -115,7 +134,8 @@ def recording_figure(picture, params, edges: list[float], probabilities, classes
     first = np.arange(0, len(probabilities), -(-len(probabilities) // 1000))  # of the windows drawn as one: no more than pixels
     image = lower.pcolormesh(np.append(times[first], times[-1]), range(len(likeliest) + 1),
                              np.maximum.reduceat(probabilities[:, likeliest], first).T, cmap="Blues", vmin=0, vmax=1)
-    lower.set_yticks(np.arange(len(likeliest)) + 0.5, [classes[index] for index in likeliest], parse_math=False)
+    names, families = drawable(classes)
+    lower.set_yticks(np.arange(len(likeliest)) + 0.5, [names[index] for index in likeliest], family=families, parse_math=False)
     lower.set(xlabel=f"time ({unit})")
     lower.invert_yaxis()  # the likeliest on top
     figure.colorbar(image, ax=lower, label="probability", pad=0.01)
@@ -142,12 +162,28 @@ def draw_activation_map(axes, feature, activations, params, sample_rate: int, lo
 
 
 def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]):
-    """curves.png, from rows of metrics.jsonl, and confusion.png, from class indices (N,); returns the latter's figure."""
+    """confusion.png, from class indices (N,), if any, and curves.png, from rows of metrics.jsonl; the former's figure."""
     from sklearn.metrics import confusion_matrix
-    confusion = confusion_figure(confusion_matrix(targets, predictions, labels=range(len(classes))), classes)
-    for name, figure in (("confusion.png", confusion), ("curves.png", curves_figure(rows))):
+    figures = {"curves.png": curves_figure(rows)}
+    if len(targets):
+        matrix = confusion_matrix(targets, predictions, labels=range(len(classes)))
+        figures = {"confusion.png": confusion_figure(matrix, classes), **figures}
+    for name, figure in figures.items():
         write_atomically(folder / name, lambda part: figure.savefig(part, format="png", dpi=100))
-    return confusion
+    return figures.get("confusion.png")
+
+
+def write_predictions(folder: Path, clips, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str],
+                      probabilities: torch.Tensor) -> None:
+    """predictions.csv, a row for each validated clip: its file, start (s) and fold, and what was predicted.
+
+    clips: rows of the data's table; targets, predictions: class indices (N,); probabilities (N, 2): of the prediction, of the
+    true class.
+    """
+    table = clips[["file", "start", "fold"]].assign(
+        true_class=[classes[index] for index in targets], predicted_class=[classes[index] for index in predictions],
+        probability=probabilities[:, 0].numpy(), true_probability=probabilities[:, 1].numpy())
+    write_atomically(folder / "predictions.csv", lambda part: table.to_csv(part, index=False, float_format="%.6g"))
 
 
 def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]) -> None:
@@ -156,6 +192,7 @@ def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor,
     from sklearn.metrics import precision_recall_fscore_support
     scores = precision_recall_fscore_support(targets, predictions, labels=range(len(classes)), zero_division=0)
     report = pd.DataFrame(dict(zip(("precision", "recall", "f1", "clips"), scores)), index=pd.Index(classes, name="class"))
+    report["number"] = range(len(classes))  # which stands for a name in pictures where no font has its letters
     write_atomically(folder / "report.csv", lambda part: report.to_csv(part, float_format="%.4f"))
 
 
@@ -180,7 +217,8 @@ def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor] |
 
     targets: class indices (N,) of each fold's validation clips. One process at a time: the last one sees all trainings.
     """
-    with filelock.FileLock(run_dir / "lock"):
+    import pandas as pd
+    with rundir.lock(run_dir):
         rundir.remove_parts(run_dir)
         summary = summarize(run_dir, epochs)
         rundir.write_json(run_dir / "summary.json", summary)
@@ -190,6 +228,9 @@ def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor] |
             results = torch.cat([targets[training["fold"]] for training in summary["trainings"]]), predictions, classes
             write_pictures(run_dir, [row for folder in folders for row in rundir.read_metrics(folder)], *results)
             write_report(run_dir, *results)
+        if folders and all((folder / "predictions.csv").exists() for folder in folders):
+            table = pd.concat([pd.read_csv(folder / "predictions.csv", dtype=str) for folder in folders])
+            write_atomically(run_dir / "predictions.csv", lambda part: table.to_csv(part, index=False))
     return summary
 
 
@@ -233,7 +274,8 @@ class Board:
     def add_results(self, confusion, flags: dict, last_row: dict) -> None:
         """The confusion matrix's figure, and the flags with the final metrics (HPARAMS); closes the writer."""
         self.add_rows([])
-        self.writer.add_figure("confusion", confusion, last_row["epoch"] * self.examples_per_epoch)
+        if confusion:
+            self.writer.add_figure("confusion", confusion, last_row["epoch"] * self.examples_per_epoch)
         self.writer.add_hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in flags.items()},
                                 {f"final/{metric}": last_row[metric] for metric in METRICS}, run_name=".")
         self.writer.close()

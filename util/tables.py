@@ -1,4 +1,11 @@
-"""Which clips there are: the table of a data set, checked."""
+"""Which clips there are: the layouts of data folders -> one table, checked.
+
+    ESC-50         meta/esc50.csv and audio/
+    UrbanSound8K   metadata/UrbanSound8K.csv and audio/fold1 ... fold10
+    a table        metadata.csv with file_name and label; perhaps fold, group, start and end (s)
+    folders        a folder of recordings for each class
+"""
+import os
 import reprlib
 import warnings
 from pathlib import Path
@@ -6,23 +13,61 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from util.errors import UserError, reason
+from util.errors import UserError, first_ten, reason
+from util.recordings import ENDINGS, find_recordings
 
 # ESC-50 (Piczak, ACM MM 2015): 2000 clips, 50 classes, 5 folds.
 NUM_CLASSES = 50
 NUM_FOLDS = 5
 COLUMNS = ["filename", "fold", "target", "category", "esc10"]
-MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; the published table has 0.1 MB
+URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Salamon et al., ACM MM 2014)
+MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
+DEALING_SEED = 0  # of its own: the folds of a data set do not change with --seed
+
+ESC50_TABLE, URBANSOUND_TABLE, OWN_TABLE = Path("meta/esc50.csv"), Path("metadata/UrbanSound8K.csv"), Path("metadata.csv")
 
 
-def read_esc50(root: str | Path) -> pd.DataFrame:
-    """meta/esc50.csv of a folder, checked: columns filename, fold, target, category, esc10, one row a clip.
+def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame, list[str]]:
+    """The layout of a data folder, its table, and notes on what is odd about it.
 
-    Raises UserError naming the line if a value is not what ESC-50's table may hold.
+    The table has a row a clip: file (path below root), category (class), fold, start and end (s; nan: of the recording), group
+    (clips of one group are never divided between dealt folds), and the other columns of the folder's own table.
+    folds: deal the clips to so many folds (default 5), where the folder has none; refused where it has.
+    Raises UserError naming the file and line if the folder cannot be used.
     """
-    path = Path(root) / "meta" / "esc50.csv"
-    if not path.is_file():
-        raise UserError(f"--data {root}: has no meta/esc50.csv; name an ESC-50 folder, fetch it with --download, or try --demo")
+    readers = {"ESC-50": (ESC50_TABLE, read_esc50), "UrbanSound8K": (URBANSOUND_TABLE, read_urbansound8k),
+               "a table": (OWN_TABLE, read_own_table)}
+    found = [name for name, (table, _) in readers.items() if (root / table).exists()]
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder; name a data folder, fetch ESC-50 with --download, or try --demo")
+    notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
+    if not found and (root / "audio").is_dir():
+        raise UserError(f"--data {root}: has audio/, but no {ESC50_TABLE}; fetch ESC-50 with --download, or add a table "
+                        f"{OWN_TABLE} (file_name, label)")
+    layout = found[0] if found else "folders"
+    table = readers[layout][1](root) if found else read_folders(root, notes)
+    table = table.assign(**{column: value for column, value in {"start": 0.0, "end": np.nan, "group": table["file"]}.items()
+                            if column not in table})
+    if layout != "ESC-50":
+        table = table.sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # a disk's own order does not count
+    if table["category"].nunique() < 2 and layout != "ESC-50":
+        raise UserError(f"--data {root}: has one class ({table['category'].iloc[0]}), taken as {layout}; expected two at least")
+    if "fold" in table:
+        if folds:
+            own = ", ".join(map(str, sorted(table["fold"].unique())))
+            raise UserError(f"--folds {folds}: {root} has folds of its own ({own}); leave the flag out")
+        split = table.groupby("group")["fold"].nunique()
+        if (split > 1).any():
+            notes.append(f"{(split > 1).sum()} groups lie in several folds (as {split.idxmax()}): accuracy flatters, as clips of "
+                         f"one source are on both sides")
+    else:
+        table = deal_folds(root, table, folds or NUM_FOLDS, notes)
+        notes.append(f"there are no folds: the clips are dealt to {folds or NUM_FOLDS} (--folds)")
+    return layout, table.reset_index(drop=True), notes
+
+
+def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
+    """A table of text, its index the line less two. UserError if it is none, is empty, or lacks one of the columns."""
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; divide "
                         f"the clips between several data folders")
@@ -30,31 +75,149 @@ def read_esc50(root: str | Path) -> pd.DataFrame:
         # blank lines are kept, so that a row's place is its line; a row with too few cells is filled up with empty ones
         with warnings.catch_warnings(action="error"):  # of rows with too many cells
             table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skip_blank_lines=False, keep_default_na=False,
-                                index_col=False)
-        table = table[COLUMNS].fillna("")
-    except (OSError, ValueError, KeyError, pd.errors.ParserWarning) as error:  # pandas names the line or the columns
-        raise UserError(f"{path}: is no comma-separated table in UTF-8 with the columns {', '.join(COLUMNS)} ({reason(error)}); "
-                        f"fix it, or fetch it again (--download)") from error
-    table = table[(table != "").any(axis=1)]  # no blank lines
+                                index_col=False).fillna("")
+        if missing := [name for name in columns if name not in table]:
+            raise ValueError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
+        raise UserError(f"{path}: is no comma-separated table in UTF-8 with the columns {', '.join(columns)} ({reason(error)}); "
+                        f"{remedy}") from error
+    table = table[(table[columns] != "").any(axis=1)]  # no blank lines
     if table.empty:
-        raise UserError(f"{path}: lists no clips, expected a row for each; fetch it again (--download)")
+        raise UserError(f"{path}: lists no clips, expected a row for each; {remedy}")
+    return table
 
-    def check(valid: pd.Series, column: str, expected: str) -> None:
+
+def checker(path: Path, table: pd.DataFrame):
+    """A function that raises UserError naming the first line whose value in a column is not valid."""
+    def check(valid, column: str, expected: str) -> None:
+        valid = np.asarray(valid, bool)
         if not valid.all():
             row = table.index[np.flatnonzero(~valid)[0]]
             raise UserError(f"{path}: line {row + 2}: {column} is {reprlib.repr(table[column][row])}, expected {expected}")
+    return check
 
-    names = table["filename"]
-    check(~((names == "") | names.str.contains(r"[/\\:\x00]") | names.isin([".", ".."])), "filename",
+
+def is_printable(names: pd.Series) -> pd.Series:
+    return names.map(lambda name: name.isprintable() and name.strip() != "").astype(bool)
+
+
+def read_esc50(root: str | Path) -> pd.DataFrame:
+    """meta/esc50.csv of a folder, checked: columns file, filename, fold, target, category, esc10, one row a clip.
+
+    Raises UserError naming the line if a value is not what ESC-50's table may hold.
+    """
+    path = Path(root) / ESC50_TABLE
+    if not path.is_file():
+        raise UserError(f"--data {root}: has no {ESC50_TABLE}; name an ESC-50 folder, fetch it with --download, or try --demo")
+    table = read_csv(path, COLUMNS, "fix it, or fetch it again (--download)")[COLUMNS]
+    check, names = checker(path, table), table["filename"]
+    check(~((names == "") | names.str.contains(r"[/\\\x00]") | names.isin([".", ".."])), "filename",
           "the name of a file in audio/, without a folder")
     check(~names.duplicated(), "filename", "each file once")
     for column, low, high in (("fold", 1, NUM_FOLDS), ("target", 0, NUM_CLASSES - 1)):
         check(table[column].isin([str(value) for value in range(low, high + 1)]), column, f"a whole number from {low} to {high}")
     check(table["esc10"].str.lower().isin(["true", "false"]), "esc10", "True or False")
-    printable = table["category"].map(lambda name: name.isprintable() and name.strip() != "").astype(bool)
-    check(printable, "category", "a printable name")
+    check(is_printable(table["category"]), "category", "a printable name")
     for column, other in (("target", "category"), ("category", "target")):
         check(table[other] == table.groupby(column)[other].transform("first"), other, f"the same for every clip of one {column}")
-    table = table.reset_index(drop=True)
     esc10 = table["esc10"].str.lower() == "true"
-    return table.assign(fold=table["fold"].astype(int), target=table["target"].astype(int), esc10=esc10)
+    return table.assign(fold=table["fold"].astype(int), target=table["target"].astype(int), esc10=esc10,
+                        file="audio/" + names).reset_index(drop=True)
+
+
+def read_urbansound8k(root: Path) -> pd.DataFrame:
+    """metadata/UrbanSound8K.csv; its start and end are those of the clip in its source, and stay text in other columns."""
+    path = root / URBANSOUND_TABLE
+    table = read_csv(path, URBANSOUND_COLUMNS, "fetch it again")
+    check = checker(path, table)
+    check(~table["slice_file_name"].str.contains(r"^$|[/\\\x00]"), "slice_file_name", "the name of a file, without a folder")
+    check(~table["slice_file_name"].duplicated(), "slice_file_name", "each file once")
+    check(table["fold"].str.fullmatch(r"[0-9]{1,4}"), "fold", "a whole number")
+    check(is_printable(table["class"]), "class", "a printable name")
+    table = table.rename(columns={"start": "source_start", "end": "source_end"})
+    return table.assign(file="audio/fold" + table["fold"] + "/" + table["slice_file_name"], fold=table["fold"].astype(int),
+                        category=table["class"])
+
+
+def read_own_table(root: Path) -> pd.DataFrame:
+    """metadata.csv, as Hugging Face's AudioFolder has it: file_name, label; perhaps fold, group, start and end (s)."""
+    path = root / OWN_TABLE
+    table = read_csv(path, ["file_name", "label"], "fix it")
+    check, names = checker(path, table), table["file_name"]
+    inside = [not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name for name in names]
+    check((names != "") & np.array(inside), "file_name", f"the path of a recording below {root}")
+    check(is_printable(table["label"]), "label", "a printable name")
+    table = table.assign(file=[Path(name).as_posix() for name in names], category=table["label"].str.strip())
+    for column in ("start", "end"):
+        if column in table:
+            seconds = pd.to_numeric(table[column].replace("", "0" if column == "start" else "nan"), errors="coerce")
+            check((table[column] == "") | (seconds >= 0) & (seconds < np.inf), column, "seconds, or nothing")
+            table[column] = seconds
+    if "end" in table:
+        start = table["start"] if "start" in table else 0.0
+        check(table["end"].isna() | (table["end"] > start), "end", "more seconds than its start")
+    parts = table[["file", "start"]] if "start" in table else table[["file"]]
+    check(~parts.duplicated(), "file_name", "each recording, or each start in it, once")
+    for column in ("fold", "group"):
+        if column in table and (table[column] == "").all():
+            table = table.drop(columns=column)
+    by_file = table.groupby("file")
+    if "fold" in table:
+        check(table["fold"].str.fullmatch(r"[0-9]{1,4}(\.0)?"), "fold", "a whole number for every clip, or for none")
+        table["fold"] = table["fold"].astype(float).astype(int)
+        check(table["fold"] == by_file["fold"].transform("first"), "fold", "the same for all parts of one recording")
+    if "group" in table:
+        table["group"] = table["group"].where(table["group"] != "", table["file"])
+        check(table["group"] == by_file["group"].transform("first"), "group", "the same for all parts of one recording")
+    return table
+
+
+def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
+    """A row for each recording in and below each of the folders in `root`, whose names are the classes."""
+    rows, empty = [], []
+    loose = [path.name for path in sorted(root.iterdir()) if path.suffix.lower() in ENDINGS and path.is_file()]
+    for folder in sorted(root.iterdir()):
+        leads_up = root.resolve().is_relative_to(folder.resolve())  # a link to the data folder itself
+        if not folder.is_dir() or leads_up or folder.name.startswith((".", "__MACOSX")):
+            continue
+        try:
+            found = find_recordings(str(folder))
+        except UserError:
+            empty += [] if folder.name == "features" else [folder.name]  # the program's own folder
+            continue
+        rows += [(Path(os.path.relpath(name, root)).as_posix(), folder.name) for name in found]
+    if not rows:
+        raise UserError(f"--data {root}: holds no data set; expected {ESC50_TABLE}, {URBANSOUND_TABLE}, {OWN_TABLE}, or a folder "
+                        f"of recordings for each class; fetch ESC-50 with --download, or try --demo")
+    if empty:
+        notes.append(f"folders without recordings are passed over: {first_ten(empty)}")
+    if loose:
+        notes.append(f"recordings beside the class folders are passed over: {first_ten(loose)}")
+    table = pd.DataFrame(rows, columns=["file", "category"])
+    real_root = root.resolve()  # several links to one file are one recording
+    table["group"] = [Path(os.path.relpath(os.path.realpath(root / name), real_root)).as_posix() for name in table["file"]]
+    classes = table.groupby("group")["category"].nunique()
+    if (classes > 1).any():
+        notes.append(f"{(classes > 1).sum()} recordings are in several classes, by links (as {classes.idxmax()})")
+    return table
+
+
+def deal_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) -> pd.DataFrame:
+    """The table with a column fold, 1 to `folds`: stratified by class, groups whole, the same on every machine."""
+    from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
+    fold = np.zeros(len(table), int)
+    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=DEALING_SEED)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of small classes, which a note tells
+            for number, (_, held_out) in enumerate(dealer.split(fold, table["category"], table["group"]), start=1):
+                fold[held_out] = number
+    except ValueError:  # fewer clips of every class than folds
+        fold[:] = 0
+    groups = table.groupby("category")["group"].nunique()
+    if set(fold) != set(range(1, folds + 1)):
+        raise UserError(f"--folds {folds}: {root} has at most {groups.max()} recordings or groups of a class, expected one for "
+                        f"each fold; choose fewer folds, or add recordings")
+    if (groups < folds).any():
+        few = [f"{name} ({count})" for name, count in groups[groups < folds].items()]
+        notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them: {first_ten(few)}")
+    return table.assign(fold=fold)
