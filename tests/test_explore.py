@@ -10,7 +10,7 @@ import torch
 
 import dsets
 from conftest import CPU, OTHER_PARAMS
-from util import explore
+import explore
 
 MEAN_STD = (-20.0, 10.0)  # dB
 

@@ -64,7 +64,7 @@ class ClipMenu(widgets.HBox):
 
     def clips(self) -> list[tuple[str, int]]:
         indices = (self.ds.targets == self.target.value).nonzero().flatten().tolist()
-        return [(f"{index}: {self.ds.table['filename'][index]}", index) for index in indices]
+        return [(f"{index}: {self.ds.table['file'][index]}", index) for index in indices]
 
     def load(self, _=None) -> None:
         self.waveform = self.ds.waveform(self.clip.value)  # (1, 220500)
