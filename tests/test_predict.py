@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -631,3 +632,16 @@ def test_networks_of_other_classes_do_not_predict_together(run_dir, wav, tmp_pat
 def test_a_plot_into_no_folder_is_refused_before_anything_is_predicted(one, wav, tmp_path, capsys):
     out, err = call(capsys, one, wav, "--plot", tmp_path / "absent" / "a.png", status=2)
     assert out == "" and "--plot" in err and str(tmp_path / "absent") in err
+
+
+def test_the_readmes_lines_for_python_run(run_dir, shared_root, tmp_path, monkeypatch):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    >>> (.*)", readme[readme.index("From Python:"):readme.index("## Your own sounds")], re.MULTILINE)
+    (tmp_path / "RUN_DIR").symlink_to(run_dir)
+    (tmp_path / "my_sounds").symlink_to(shared_root)
+    soundfile.write(tmp_path / "a.wav", noise(8), SAMPLE_RATE)
+    (tmp_path / "a.wav").rename(tmp_path / "recording.m4a")  # what it is counts, not its name
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec("\n".join(lines), names)
+    assert len(lines) == 5 and names["found"]["probabilities"].shape == (3, 4) and len(names["ds"]) == 24
