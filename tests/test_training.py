@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import dsets
 import models
+import predict
 import training
 from conftest import CPU, error_line, PROJECT, refused, results_of, run, Tiny, train_in
 from util import checkpoint as checkpoints
@@ -670,3 +671,29 @@ def test_a_path_that_the_terminal_cannot_show_is_escaped(pristine_root, tmp_path
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=PROJECT, capture_output=True,
                           env=environment | {"PYTHONPATH": str(PROJECT / "tests")})
     assert done.returncode == 0 and done.stderr == b"" and rb"L\xe4ufe" in done.stdout
+
+
+@pytest.mark.parametrize("layout", ["UrbanSound8K", "a table"])
+def test_a_table_of_clips_is_trained_and_predicts(tmp_path, capsys, layout):
+    root, rows = tmp_path / "sounds", []
+    for number in range(6):
+        name, fold = f"{number}-{number % 2}-0-0.wav", number // 2 + 1
+        write_tone(root / "audio" / f"fold{fold}" / name, 300 + 2700 * (number % 2), 4)
+        rows.append((name, fold, ("low", "high")[number % 2]))
+    if layout == "UrbanSound8K":
+        lines = ["slice_file_name,fsID,start,end,salience,fold,classID,class"]
+        lines += [f"{name},{name[0]},58.5,62.5,1,{fold},{name[2]},{label}" for name, fold, label in rows]
+        path = root / "metadata" / "UrbanSound8K.csv"
+    else:
+        lines = ["file_name,label,fold,start,end"]
+        lines += [f"audio/fold{fold}/{name},{label},{fold},{start},{start + 2}" for name, fold, label in rows for start in (0, 2)]
+        path = root / "metadata.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    run_dir = train_in(tmp_path / "run", root, "--fold", "all", "--epochs", 1)
+    told = capsys.readouterr().out
+    assert f"data   {layout} " in told and "folds 1, 2, 3;" in told and "dealt" not in told
+    table = pd.read_csv(run_dir / "predictions.csv")
+    assert len(table) == (6 if layout == "UrbanSound8K" else 12) and set(table["true_class"]) == {"high", "low"}
+    assert predict.main([str(run_dir), str(root / "audio" / "fold1"), "--device", "cpu", "--format", "csv"]) == 0
+    assert capsys.readouterr().out.count(",mean,") == 2 * 2  # files and classes
