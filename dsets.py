@@ -292,7 +292,7 @@ class ESC50(torch.utils.data.Dataset):
         seconds = dict(zip(files, lengths[:, 0].tolist()))
         rows = []
         for row in table.to_dict("records"):
-            end = min(row["end"], seconds[row["file"]]) if row["end"] == row["end"] else seconds[row["file"]]  # not nan
+            end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
             starts = np.arange(row["start"], max(end - MIN_REST_S, row["start"]) + 1e-3, CLIP_SAMPLES / SAMPLE_RATE)
             rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts.tolist()]
         return pd.DataFrame(rows)

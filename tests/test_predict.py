@@ -24,7 +24,7 @@ from matplotlib.image import imread
 import dsets
 import models
 import predict
-from conftest import CPU, PROJECT, Tiny, run
+from conftest import PROJECT, Tiny, run
 from dsets import SAMPLE_RATE
 from util import report
 from util.errors import UserError

@@ -89,8 +89,8 @@ def read_cache(path: Path, files: dict, shape: tuple[int, ...]) -> tuple[torch.T
         except OSError:  # it is not there, or its file system has no mmap
             features = np.load(path)
         digests, remarks = [], {}
-        for (name, spans), (sha256, said) in zip(files.items(), of_files, strict=True):
-            digests += [sha256] * len(spans)
+        for (name, spans), (file_digest, said) in zip(files.items(), of_files, strict=True):
+            digests += [file_digest] * len(spans)
             for remark in said:
                 remarks.setdefault(remark, []).append(name)
         if features.shape != (len(digests), *shape) or features.dtype != np.float32:
