@@ -428,21 +428,33 @@ class Interrupted(KeyboardInterrupt):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix, 130 or 143 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not ours to handle
     handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    try:
+        return run_and_report(sys.argv[1:] if argv is None else argv, list(handlers))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_and_report(argv: list[str], signals: list[int]) -> int:
+    """main, between its handlers of these signals: what ends the command too early is told in one line."""
     machine.name_user()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     progress, status, stopped = {"run_dir": None}, 2, ""
     too_large = "--batch-size: the memory does not hold it; choose a smaller one"
     try:
-        dist.init()
-        if dist.rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
-        run(argv, progress)
-        dist.barrier()
-        return 0
+        try:
+            dist.init()
+            if dist.rank() > 0:
+                sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
+            run(argv, progress)
+            dist.barrier()
+            return 0
+        finally:
+            for number in signals:
+                signal.signal(number, signal.SIG_IGN)  # torchrun ends the others where one has died: not before their message
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -462,9 +474,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
     except Interrupted as interruption:
         stopped, status = "interrupted", 128 + interruption.args[0]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if stopped:
         again = f"{dist.launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
         message = stopped + (f"; all whole epochs are saved; continue with: {again}" if progress["run_dir"] else

@@ -31,7 +31,7 @@ def train(*argv) -> None:
     """training.py with a network small enough for a test. Rank DIES kills itself in epoch 2, rank LATE starts a little later."""
     models.MODELS["cnn8"] = Tiny
     make_small_pictures(pytest.MonkeyPatch())
-    calls, evaluate, run_training = [], training.evaluate, training.run
+    calls, evaluate, run_training, is_first_to_ask = [], training.evaluate, training.run, dist.is_first_to_ask
 
     def dying(*arguments):
         calls.append(1)
@@ -43,7 +43,11 @@ def train(*argv) -> None:
         if os.environ.get("LATE") == os.environ.get("RANK", "0"):
             time.sleep(5)
         return run_training(*arguments)
-    training.evaluate, training.run = dying, late
+
+    def slow():
+        time.sleep(1)  # meanwhile, torchrun ends the other ranks of one that died
+        return is_first_to_ask()
+    training.evaluate, training.run, dist.is_first_to_ask = dying, late, slow
     dist.end(training.main(list(argv)))
 
 
