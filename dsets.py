@@ -1,7 +1,7 @@
 """Recordings as tensors: recording -> waveform -> mel-spectrogram -> folds -> augmented batches.
 
     recording                any sample rate, any number of channels
-    waveform                 (1, 220500) float32     load_waveform
+    waveform                 (1, 220500) float32     load_waveform (util/waveforms.py)
     mel-spectrogram, dB      (1, 128, 431)           LogMel
     features of all clips    (N, 1, 128, 431)        ESC50 (computed once, see util/cache.py)
     crop                     (B, 1, 100, 384)        draw_crops, crop
@@ -9,7 +9,6 @@
 
 Every random draw comes from a generator made by `generator_for(seed, fold, epoch, purpose)`.
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,30 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import soxr
 import torch
 import torch.nn.functional as F
 
-from util import audio, cache, tables
+from util import cache, tables
 from util.config import Config
 from util.errors import UserError
-
-SAMPLE_RATE = 44_100  # Hz, ESC-50's
-CLIP_SAMPLES = 5 * SAMPLE_RATE  # 220 500: ESC-50's clips have 5 s
+from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, count_seconds, load_clips, load_waveform
 
 MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip
-
-MAX_AMPLITUDE = 2.0 ** 31  # 32-bit integers kept as floats; squares of much larger samples are not finite
-SILENCE = 2.0 ** -16  # half a step of 16 bits
-CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of unlike channels has 1/64 or more
-INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
-LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
-LONGER = "is longer than 5 s"
-SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
-    "is silent": "are silent",
-    "has channels that cancel each other, their mean is silent": "have channels that cancel each other, their mean is silent",
-    "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers",
-    LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)"}
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
 FILTER_AUGMENT_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
@@ -92,110 +76,6 @@ class FeatureParams:
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of an example as the network gets it: (1, 100, 384)."""
         return 1, self.crop_mels, self.crop_frames
-
-
-# --- recording -> waveform --------------------------------------------------------------------------------------------
-
-def mono_blocks(recording: audio.Recording, notes: list[str]):
-    """A recording in blocks (samples,) float32 at 44 100 Hz: channels averaged, resampled (soxr, high quality).
-
-    At the end, `notes` gets what is odd about the file (util/audio.py) and about its sound (SOUND_NOTES).
-    Raises UserError for a sample that is not a finite number.
-    """
-    rate, resampler, nothing = SAMPLE_RATE, None, np.zeros(0, np.float32)
-    loudest, power, mono_power = 0.0, 0.0, 0.0
-    try:
-        for samples in recording.blocks():  # (frames, channels)
-            peak = np.maximum(samples.max(), -samples.min())  # NaN if a sample is
-            if not peak <= MAX_AMPLITUDE:
-                raise UserError(f"{recording.path}: holds samples as large as {peak:.3g}, or not a number; expected about 1 at "
-                                f"most")
-            loudest = max(loudest, peak)
-            mono = samples[:, 0]
-            if samples.shape[1] > 1:
-                mono = samples.mean(axis=1)  # (frames, channels) -> (frames,)
-                power += np.square(samples).mean(axis=1).sum()
-                mono_power += np.square(mono).sum()
-            if recording.rate != rate:  # joined files may change it
-                if resampler:
-                    yield resampler.resample_chunk(nothing, last=True)
-                rate = recording.rate
-                resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-            yield resampler.resample_chunk(mono) if resampler else mono
-        if resampler:
-            yield resampler.resample_chunk(nothing, last=True)
-    finally:  # also where no more is asked for
-        odd = (loudest < SILENCE, loudest >= SILENCE and mono_power < CANCELED * power, loudest > INTEGERS)
-        notes += recording.notes + [note for note, holds in zip(SOUND_NOTES, odd) if holds]
-
-
-def windows(path: str | Path, hop: int = CLIP_SAMPLES, notes: list[str] | None = None):
-    """Windows of a recording: first sample, samples in it and waveform (1, 220500) float32, read as they are asked for.
-
-    A window begins every `hop` samples at 44 100 Hz until one reaches the end; that one is padded with zeros. "-" is standard
-    input, read as it comes. `notes` gets the notes of `mono_blocks`, before the last window.
-    Raises UserError if the recording cannot be decoded, is empty, or holds a sample that is not a finite number.
-    """
-    start, parts, length = 0, [], 0  # the samples from `start` on that have been read, in parts, and how many they are
-    with audio.open_recording(path) as recording:
-        for mono in mono_blocks(recording, [] if notes is None else notes):
-            parts.append(mono)
-            length += len(mono)
-            while length > CLIP_SAMPLES:  # a window that ends where the recording does is the last: it waits
-                pending = np.concatenate(parts)
-                yield start, CLIP_SAMPLES, torch.from_numpy(pending[:CLIP_SAMPLES].copy())[None]  # (220500,) -> (1, 220500)
-                start, parts, length = start + hop, [pending[hop:]], length - hop
-    if length == 0:
-        raise UserError(f"{path}: holds no samples, or too few to resample")
-    padded = np.zeros(CLIP_SAMPLES, np.float32)
-    np.concatenate(parts, out=padded[:length])
-    yield start, length, torch.from_numpy(padded)[None]  # (220500,) -> (1, 220500)
-
-
-def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = None):
-    """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
-
-    spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
-    end of nan is that of the recording. `notes` gets those of `mono_blocks`, and one if the end is nan and more than 5 s follow.
-    Raises UserError also where a part lacks sound and something is odd about the file, and where it begins after the end.
-    """
-    notes = [] if notes is None else notes
-    with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
-        offset, pending = 0, np.zeros(0, np.float32)  # the samples from `offset` on that have been read
-        for start, end in spans:
-            first, parts, length = round(start * SAMPLE_RATE), [pending], len(pending)
-            last = first + CLIP_SAMPLES if math.isnan(end) else min(first + CLIP_SAMPLES, round(end * SAMPLE_RATE))
-            wanted = last + LONGER_SAMPLES if math.isnan(end) else last
-            while offset + length < wanted and (block := next(blocks, None)) is not None:
-                parts.append(block)
-                length += len(block)
-                if offset + length < first:  # all of it lies before the part
-                    parts, offset, length = [pending[:0]], offset + length, 0
-            before = min(max(first - offset, 0), length)
-            pending, offset = np.concatenate(parts)[before:], offset + before
-            found = pending[:last - first]
-            if len(found) == 0:
-                raise UserError(f"{path}: holds no samples, or too few to resample" if first == 0 else
-                                f"{path}: ends at {offset / SAMPLE_RATE:.2f} s, before a clip's start of {start:g} s")
-            if len(found) < last - first - LONGER_SAMPLES and (odd := [note for note in notes if note not in SOUND_NOTES]):
-                raise UserError(f"{path}: {odd[0]}")
-            if math.isnan(end) and offset + len(pending) >= wanted:
-                notes.append(LONGER)
-            waveform = np.zeros(CLIP_SAMPLES, np.float32)
-            waveform[:len(found)] = found
-            yield torch.from_numpy(waveform)[None]  # (220500,) -> (1, 220500)
-
-
-def load_waveform(path: str | Path, start: float = 0.0, end: float = math.nan) -> torch.Tensor:
-    """The first 5 s of a recording, or of a part of it (s): (1, 220500) float32, nominally in [-1, 1] (see `load_clips`)."""
-    with contextlib.closing(load_clips(path, [(start, end)])) as clips:
-        return next(clips)
-
-
-def count_seconds(path: str | Path) -> float:
-    """The length of a recording in s, decoded to its end."""
-    with audio.open_recording(path) as recording:
-        return sum(map(len, mono_blocks(recording, []))) / SAMPLE_RATE
 
 
 # --- waveform -> mel-spectrogram --------------------------------------------------------------------------------------

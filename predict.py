@@ -72,7 +72,7 @@ import models
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
-from util import report, rundir
+from util import report, rundir, waveforms
 from util.recordings import find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
@@ -196,7 +196,7 @@ def predict(predictor: Predictor, name: str, hop: int, top: int, threshold: floa
                 "probabilities": probabilities}
 
     notes, count, heard, total = [], 0, 0, 0.0
-    found = dsets.windows(name, hop, notes)
+    found = waveforms.windows(name, hop, notes)
     while batch := list(itertools.islice(found, 1 if name == "-" else BATCH_WINDOWS)):
         for (start, length, _), probabilities in zip(batch, predictor(torch.stack([waveform for _, _, waveform in batch]))):
             yield row(count, start, start + length, probabilities)
@@ -252,7 +252,7 @@ def draw(predictor: Predictor, name: str, windows: list[dict], path: Path) -> No
     params, samples = predictor.params, round(windows[-1]["end_s"] * SAMPLE_RATE)
     columns = max(1, min(PLOT_COLUMNS, samples // params.hop_length))
     picture = torch.full((params.n_mels, columns), -math.inf)
-    for start, length, waveform in dsets.windows(name):  # side by side
+    for start, length, waveform in waveforms.windows(name):  # side by side
         frames = torch.arange(length // params.hop_length + 1)  # those of the recording, not of the padding
         feature = predictor.features(waveform[None])[0, 0].cpu()[:, frames]  # (1, 1, 220500) -> (mels, frames)
         column = ((start + params.hop_length * frames) * columns // samples).clamp(max=columns - 1)

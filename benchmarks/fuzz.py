@@ -38,7 +38,7 @@ import dsets
 import models
 import predict
 from util import checkpoint as checkpoints
-from util import audio, download, report
+from util import audio, download, report, waveforms
 from util.config import Config, parse_args
 from util.errors import UserError
 from util.tables import read_esc50
@@ -165,7 +165,7 @@ def recording(data):
     with Case("recording") as folder:
         path = folder / "a.wav"
         path.write_bytes(content)
-        for _, _, waveform in dsets.windows(path):
+        for _, _, waveform in waveforms.windows(path):
             assert waveform.shape == (1, 220_500) and waveform.dtype == torch.float32 and waveform.isfinite().all()
         waveform = dsets.load_waveform(path)
         feature = LOG_MEL(waveform)

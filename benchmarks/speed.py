@@ -44,7 +44,7 @@ import dsets
 import models
 import training
 from dsets import SAMPLE_RATE
-from util import cache, rundir
+from util import cache, rundir, waveforms
 from util import device as machine
 from util.config import Config
 from util.errors import write_atomically
@@ -129,7 +129,7 @@ def our_features(root: Path, clips: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         return len(files) / seconds_of(lambda: cache.compute_features(
             root, files, Path(folder) / "logmel.npy",
-            lambda path, spans, _: (log_mel(waveform).numpy() for waveform in dsets.load_clips(path, spans)), shape))
+            lambda path, spans, _: (log_mel(waveform).numpy() for waveform in waveforms.load_clips(path, spans)), shape))
 
 
 def torchaudio_transforms():

@@ -122,6 +122,11 @@ def pristine_root(tmp_path_factory) -> Path:
     return write_root(tmp_path_factory.mktemp("pristine") / "root", num_classes=2, folds=3, clips=2)
 
 
+def tone(seconds: float, rate: int, hertz: float = 1000.0) -> np.ndarray:
+    """Samples of a tone at half of full scale."""
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
 @pytest.fixture
 def root(pristine_root, tmp_path) -> Path:
     """A copy of pristine_root of a test's own, to train on."""

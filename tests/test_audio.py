@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-import dsets
 from conftest import PROJECT, refused
-from util import audio
+from util import audio, waveforms
 
 RATE = 44_100
 MAKE_CASES = PROJECT.parent / "shared" / "cases" / "make_cases.py"  # recordings as people have them, where it lies there
@@ -120,7 +119,7 @@ def test_joined_files_may_change_their_rate_and_channels(tmp_path):
     for rate, channels in kinds:
         heard = sum(shape[0] for other, shape in found if (other, shape[1]) == (rate, channels))
         assert heard == pytest.approx(3 * rate, abs=3000)
-    *_, (start, length, _) = dsets.windows(tmp_path / "a.mp3")
+    *_, (start, length, _) = waveforms.windows(tmp_path / "a.mp3")
     assert start + length == pytest.approx(9 * RATE, abs=9000)
     (tmp_path / "a.wav").write_bytes(wav_bytes(noise(3)) + wav_bytes(noise(3, 22_050), rate=22_050))
     note, = decode(tmp_path / "a.wav")[1]
@@ -263,7 +262,7 @@ def test_what_holds_no_sound_of_its_own_is_refused(tmp_path, monkeypatch, capfd,
     monkeypatch.chdir(tmp_path)
     opened = []
     sys.addaudithook(lambda event, arguments: event == "open" and opened.append(str(arguments[0])))
-    assert refused(list, dsets.windows(tmp_path / name)).startswith(f"{tmp_path / name}: ")
+    assert refused(list, waveforms.windows(tmp_path / name)).startswith(f"{tmp_path / name}: ")
     assert not audio.holds_sound(tmp_path / name) and not any("neighbor" in path for path in opened)
     assert capfd.readouterr().err == ""
 
@@ -280,7 +279,7 @@ def test_the_formats_taken_are_known_and_refer_to_nothing():
 def test_absurd_rates_and_channels_are_refused(tmp_path, rate, channels):
     header = struct.pack("<HHIIHH", 1, channels, rate, 0, channels * 2 % 65_536, 16)
     (tmp_path / "a.wav").write_bytes(PLAIN[:20] + header + PLAIN[36:])
-    assert refused(list, dsets.windows(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: ")
+    assert refused(list, waveforms.windows(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: ")
 
 
 def test_holds_sound(tmp_path):
@@ -337,7 +336,7 @@ def test_standard_input_is_heard_as_it_comes(monkeypatch, content):
 def test_a_window_of_standard_input_comes_soon_after_its_last_sample(monkeypatch):
     end = 44 + 2 * round(5.3 * RATE)
     with standard_input(monkeypatch, PLAIN[:end], PLAIN[end:]) as send:
-        found = dsets.windows("-")
+        found = waveforms.windows("-")
         assert next(found)[:2] == (0, 5 * RATE)
         send()
         assert [window[:2] for window in found] == [(5 * RATE, RATE)]
@@ -394,7 +393,7 @@ def test_recordings_as_people_have_them(tmp_path, capfd):
     assert len(expected) > 30
     for name, right in expected.items():
         notes = []
-        *_, (start, length, _) = dsets.windows(tmp_path / "cases" / name, notes=notes)
+        *_, (start, length, _) = waveforms.windows(tmp_path / "cases" / name, notes=notes)
         assert (start + length) / RATE == pytest.approx(right["seconds"], abs=0.1), name
         assert bool(notes) == right.get("note", False), (name, notes)
         if "same_as" in right:

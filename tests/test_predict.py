@@ -26,7 +26,7 @@ import models
 import predict
 from conftest import PROJECT, Tiny, run
 from dsets import SAMPLE_RATE
-from util import report
+from util import report, waveforms
 from util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
@@ -145,8 +145,8 @@ def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tm
         predictor = predict.Predictor(path, "cpu")
         found = predictor(tmp_path / "a.wav", hop=2.0)
         assert found["starts"].tolist() == [0, 2, 4] and found["ends"].tolist() == [5, 7, 8] and found["notes"] == []
-        waveforms = torch.stack([waveform for *_, waveform in dsets.windows(tmp_path / "a.wav", 2 * SAMPLE_RATE)])
-        probabilities = predictor(waveforms)
+        batch = torch.stack([waveform for *_, waveform in waveforms.windows(tmp_path / "a.wav", 2 * SAMPLE_RATE)])
+        probabilities = predictor(batch)
         assert probabilities.shape == (3, 4) and found["file"] == str(tmp_path / "a.wav")
         torch.testing.assert_close(found["probabilities"], probabilities)
         torch.testing.assert_close(found["mean"], (probabilities * torch.tensor([5, 5, 4.0])[:, None]).sum(dim=0) / 14)
@@ -197,7 +197,7 @@ def test_windows_lie_a_hop_apart_and_reach_the_end_once(tmp_path_factory, frames
     path = tmp_path_factory.mktemp("windows") / "a.wav"
     samples = noise(frames / SAMPLE_RATE)[:, 0]
     soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT")
-    found = list(dsets.windows(str(path), hop))
+    found = list(waveforms.windows(str(path), hop))
     assert [start for start, _, _ in found] == [hop * i for i in range(len(found))]
     for start, length, waveform in found:
         assert waveform.shape == (1, 220_500)
@@ -212,9 +212,9 @@ def test_other_rates_and_channels_give_what_training_hears(tmp_path, rate, chann
     t = np.arange(round(7.3 * rate)) / rate  # s
     samples = 0.4 * np.sin(2 * np.pi * 440 * t)[:, None] * np.linspace(1, 0.5, channels)
     soundfile.write(tmp_path / "a.flac", samples, rate)
-    _, _, waveform = next(dsets.windows(str(tmp_path / "a.flac"), 2 * SAMPLE_RATE))
+    _, _, waveform = next(waveforms.windows(str(tmp_path / "a.flac"), 2 * SAMPLE_RATE))
     assert torch.allclose(waveform, dsets.load_waveform(tmp_path / "a.flac"), atol=1e-4)
-    *_, (start, length, _) = dsets.windows(str(tmp_path / "a.flac"), 2 * SAMPLE_RATE)
+    *_, (start, length, _) = waveforms.windows(str(tmp_path / "a.flac"), 2 * SAMPLE_RATE)
     assert start + length == pytest.approx(7.3 * SAMPLE_RATE, abs=2)
 
 
@@ -279,7 +279,7 @@ def test_of_standard_input_each_window_is_predicted_alone_and_at_once(one, monke
             asked.append(start)
             yield start, dsets.CLIP_SAMPLES, torch.zeros(1, dsets.CLIP_SAMPLES)
 
-    monkeypatch.setattr(dsets, "windows", endless)
+    monkeypatch.setattr(waveforms, "windows", endless)
     rows = predict.predict(predict.Predictor(one, "cpu"), "-", SAMPLE_RATE, top=1)
     for window in range(3):
         assert next(rows)["window"] == window and len(asked) == window + 1
@@ -418,13 +418,13 @@ def test_json_lines_say_what_json_says(one, wav, tmp_path, capsys):
 
 
 def test_notes_on_a_recording_are_told(one, wav, capsys, monkeypatch):
-    windows = dsets.windows
+    windows = waveforms.windows
 
     def windows_with_note(path, hop, notes):
         yield from windows(path, hop)
         notes.append("is odd")
 
-    monkeypatch.setattr(dsets, "windows", windows_with_note)
+    monkeypatch.setattr(waveforms, "windows", windows_with_note)
     for form in ("table", "csv", "json", "jsonl", "labels"):
         out, err = call(capsys, one, wav, "--format", form)
         assert err == f"predict.py: note: {wav}: is odd\n" and ("is odd" in out) == (form in ("json", "jsonl"))

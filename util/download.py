@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsets import load_waveform
 from util.cache import in_threads
 from util.errors import UserError, first_ten, reason
 from util.tables import read_esc50
+from util.waveforms import load_waveform
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
 MAX_ARCHIVE_BYTES = 2 * 10 ** 9  # the published archive has 0.6 GB
