@@ -44,11 +44,11 @@ class FeatureParams:
     hop_length: int = 512  # samples from one frame to the next
     n_mels: int = 128
     f_min: float = 0.0  # Hz
-    f_max: float = 8000.0  # Hz
+    f_max: float = Config.f_max  # Hz
     top_db: float = 80.0  # dB below the loudest value; torchaudio's and librosa's usual value, as amin is
     amin: float = 1e-10  # smallest power
-    crop_mels: int = 100
-    crop_frames: int = 384
+    crop_mels: int = Config.crop_mels
+    crop_frames: int = Config.crop_frames
 
     def __post_init__(self):
         for field in fields(self):

@@ -1,4 +1,3 @@
-import functools
 import json
 import sys
 from pathlib import Path
@@ -64,9 +63,9 @@ def test_the_graph_of_nine_crops(shared_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_graph_has_the_features_of_the_checkpoint(shared_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(dsets, "ESC50", functools.partial(dsets.ESC50, params=dsets.FeatureParams(n_mels=64, crop_mels=50)))
-    predictor = predict.Network(write_checkpoint(tmp_path / "run", shared_root))
+def test_the_graph_has_the_features_of_the_checkpoint(shared_root, tmp_path):
+    flags = ["--f-max", 16_000, "--crop-mels", 50]
+    predictor = predict.Network(write_checkpoint(tmp_path / "run", shared_root, *flags))
     assert predictor.params.input_shape == (1, 50, 384)
     export.export_onnx(predictor, tmp_path / "a.onnx")
     waveforms = waveforms_of(shared_root)

@@ -42,7 +42,7 @@ def change_run_config(run_dir: Path, **parts) -> None:
 def other_features(monkeypatch):
     """The features that a changed dsets.py would have."""
     params = dsets.FeatureParams(top_db=60.0, crop_mels=96)
-    monkeypatch.setattr(dsets, "FeatureParams", lambda: params)
+    monkeypatch.setattr(dsets, "FeatureParams", lambda **flags: params)
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
