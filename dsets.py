@@ -251,11 +251,15 @@ def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, sh
 
 
 def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tensor:
-    """The corners (tta_crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or a grid of 9."""
+    """The corners (crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or a grid of 9.
+
+    Of a grid, only corners that differ: where a crop has all mels and frames, one.
+    """
     mel, frame = (params.n_mels - params.crop_mels) // 2, (params.num_frames - params.crop_frames) // 2
     if tta_crops == 1:
         return torch.tensor([[mel, frame]])
-    return torch.cartesian_prod(torch.tensor([0, mel, 2 * mel]), torch.tensor([0, frame, 2 * frame]))
+    mels, frames = (torch.tensor(sorted({0, middle, 2 * middle})) for middle in (mel, frame))
+    return torch.cartesian_prod(mels, frames)
 
 
 def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, params: FeatureParams) -> torch.Tensor:
@@ -387,7 +391,7 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[floa
 
 def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, batch_size: int,
                        device: torch.device, tta_crops: int = 1, rank: int = 0, world_size: int = 1):
-    """Crops (tta_crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
+    """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
 
     All clips' first crops come first, then all their second ones. Rank r gets every world_size-th batch from the r-th on:
     the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
@@ -396,5 +400,5 @@ def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[fl
     for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size] if len(indices) else ():
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
-        examples = crop(dataset.features, rows.repeat(tta_crops), corners.repeat_interleave(len(batch), dim=0), dataset.params)
+        examples = crop(dataset.features, rows.repeat(len(corners)), corners.repeat_interleave(len(batch), dim=0), dataset.params)
         yield normalize(examples.to(device), *mean_std), dataset.targets[batch].to(device), positions

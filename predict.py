@@ -115,13 +115,14 @@ class Network(torch.nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Mel-spectrograms (B, 1, 128, 431) in dB -> probabilities (B, classes), float32."""
         count, device = len(features), features.device
-        corners = dsets.validation_corners(self.params, self.tta_crops).to(device).repeat_interleave(count, dim=0)
-        examples = dsets.crop(features, torch.arange(count, device=device).repeat(self.tta_crops), corners, self.params)
-        examples = dsets.normalize(examples, self.mean, self.std)  # (tta_crops * B, 1, 100, 384)
+        corners = dsets.validation_corners(self.params, self.tta_crops).to(device)  # (crops, 2)
+        rows = torch.arange(count, device=device).repeat(len(corners))  # -> (crops * B,)
+        examples = dsets.crop(features, rows, corners.repeat_interleave(count, dim=0), self.params)
+        examples = dsets.normalize(examples, self.mean, self.std)  # (crops * B, 1, 100, 384)
         examples = examples.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(examples)  # -> (tta_crops * B, classes)
-        return logits.float().unflatten(0, (self.tta_crops, count)).mean(dim=0).softmax(dim=1)  # -> (B, classes)
+            logits = self.network(examples)  # -> (crops * B, classes)
+        return logits.float().unflatten(0, (len(corners), count)).mean(dim=0).softmax(dim=1)  # -> (B, classes)
 
 
 class Predictor:

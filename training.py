@@ -89,7 +89,7 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
             class_weights=None):
     """Cross-entropy losses (B,) and logits (B, classes) of examples (B, 1, 100, 384).
 
-    Of several crops of each example (tta_crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
+    Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
     see `dsets.Batch`. class_weights (classes,): what a target's loss is multiplied by.
     """
     examples = examples.contiguous(memory_format=torch.channels_last)
@@ -97,7 +97,7 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
         logits = model(examples)  # -> (B, classes)
     logits = logits.float()
     if len(logits) > len(targets):
-        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (tta_crops * B, classes) -> (B, classes)
+        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
     cross_entropy = functools.partial(F.cross_entropy, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
     losses = cross_entropy(logits, targets)  # -> (B,)
     if lam is not None:

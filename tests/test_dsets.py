@@ -516,6 +516,7 @@ def test_the_center_crop_is_in_the_middle():
 
 def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
     assert dsets.validation_corners(PARAMS, 9).tolist() == [[mel, frame] for mel in (0, 14, 28) for frame in (0, 23, 46)]
+    assert dsets.validation_corners(FeatureParams(crop_frames=431), 9).tolist() == [[0, 0], [14, 0], [28, 0]]  # none twice
     batch, = dsets.validation_batches(dataset, torch.arange(2), (0.0, 1.0), batch_size=2, device=CPU, tta_crops=9)
     assert batch[0].shape == (18, 1, 100, 384) and len(batch[1]) == 2
     assert torch.equal(batch[0][17], dataset.features[1][:, 28:128, 46:430])
