@@ -163,6 +163,12 @@ def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
     assert len(notes) == 2 and "cat (1)" in notes[0] and "dealt to 2" in notes[1]
 
 
+def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
+    root = write_table(tmp_path, "file_name,label, Fold,GROUP,group", "a.wav,x,2,p,q", "b.wav,y,1,p,r")
+    _, table, _ = tables.read_table(root)
+    assert table["fold"].tolist() == [2, 1] and table["group"].tolist() == ["q", "r"]
+
+
 @pytest.mark.parametrize("line, column, rows", [
     (3, "label", ["a.wav,rain,0,5", "b.wav,,0,5"]),
     (2, "file_name", ["../a.wav,rain,0,5", "b.wav,dog,0,5"]),

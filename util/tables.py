@@ -20,6 +20,7 @@ from util.recordings import ENDINGS, find_recordings
 NUM_CLASSES = 50
 NUM_FOLDS = 5
 COLUMNS = ["filename", "fold", "target", "category", "esc10"]
+OPTIONAL = ["fold", "group", "start", "end"]  # columns of a table of one's own
 URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Salamon et al., ACM MM 2014)
 MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
 DEALING_SEED = 0  # of its own: the folds of a data set do not change with --seed
@@ -143,6 +144,8 @@ def read_own_table(root: Path) -> pd.DataFrame:
     """metadata.csv, as Hugging Face's AudioFolder has it: file_name, label; perhaps fold, group, start and end (s)."""
     path = root / OWN_TABLE
     table = read_csv(path, ["file_name", "label"], "fix it")
+    plain = {name: name.strip().lower() for name in table}  # "Fold " is meant as fold: unread, it would let a source leak
+    table = table.rename(columns={name: meant for name, meant in plain.items() if meant in OPTIONAL and meant not in table})
     check, names = checker(path, table), table["file_name"]
     inside = [not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name for name in names]
     check((names != "") & np.array(inside), "file_name", f"the path of a recording below {root}")
