@@ -36,6 +36,7 @@ def test_notebooks_run_from_top_to_bottom(name, shared_root, runs_dir, monkeypat
     assert len(widgets) == (name != "results") and all("image/jpeg" in data for data in widgets), "an explorer, with a picture"
     texts = "".join(str(output) for output in outputs)
     assert name != "results" or "other data" in texts, "runs on different data are compared without a word"
+    assert name != "results" or "points above first" in texts and "second" in texts
 
 
 @pytest.mark.parametrize("name", NAMES)
