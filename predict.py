@@ -1,6 +1,7 @@
 """Say what sounds there are in a recording: the predictions of a trained network, a window of 5 s at a time.
 
-    python predict.py runs/CNN/2026-11-25_02.13.14 recording.mp3
+    python predict.py recording.m4a                       one of 50 kinds of sounds, without any training
+    python predict.py RUN_DIR recording.mp3               a class of your own training
     python predict.py RUN_DIR folder-of-recordings --format csv > sounds.csv
     arecord -f cd | python predict.py RUN_DIR -
     python predict.py RUN_DIR/seed-42/fold-1 --onnx network.onnx
@@ -22,12 +23,17 @@ from pathlib import Path
 from util.errors import UserError, exit_on_error, print_error, reason, write_atomically
 
 
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "cnn8-esc50.pt"  # how it was made: docs/results.md
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of a command. Raises UserError for one that is none, or a value that it cannot have."""
     parser = argparse.ArgumentParser(prog="predict.py", allow_abbrev=False,
-                                     description="Say what sounds there are in recordings, a window of 5 s at a time.")
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run's folder, whose finished trainings predict together by "
-                        "their mean; the folder of one training; or a .pt file")
+                                     description="Say what sounds there are in recordings, a window of 5 s at a time.",
+                                     epilog=f"{WEIGHTS.name} was trained on ESC-50's clips, which are under CC BY-NC 3.0.")
+    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", nargs="?",
+                        help="a run's folder, whose finished trainings predict together by their mean; the folder of one "
+                             f"training; or a .pt file; without it, the 50 classes of weights/{WEIGHTS.name}")
     parser.add_argument("recordings", metavar="FILE_OR_FOLDER", nargs="*",
                         help="audio that FFmpeg decodes (WAV, FLAC, MP3, M4A, OGG ...), of any rate and length; - is standard "
                              "input, each window printed as soon as it is heard")
@@ -56,7 +62,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for flag, file, ending in (("--onnx", args.onnx, ".onnx"), ("--plot", args.plot, ".png")):
         if file is not None and not file.endswith(ending):  # never writes over a recording
             raise UserError(f"{flag} {file}: expected a name that ends in {ending}")
-    if "" in (args.model, *args.recordings) or not (args.recordings or args.onnx):
+    if "" in (args.model, *args.recordings) or not (args.model or args.onnx):
         raise UserError("FILE_OR_FOLDER: is missing or empty; name recordings to predict, or a file for --onnx")
     return args
 
@@ -73,7 +79,7 @@ from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
 from util import report, rundir, waveforms
-from util.recordings import find_recordings, spell_as_on_disk
+from util.recordings import ENDINGS, find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
 PLOT_COLUMNS = 2000  # of a spectrogram, at most; more than a picture has pixels
@@ -128,11 +134,12 @@ class Network(torch.nn.Module):
 class Predictor:
     """What a run's networks hear, by their mean: Predictor("runs/CNN/...")("recording.m4a").
 
-    path: a run's folder (its finished trainings predict together), a training's folder, or a checkpoint. device: see --device.
-    Raises UserError if there is none, or if they do not know the same classes by the same features.
+    path: a run's folder (its finished trainings predict together), a training's folder, or a checkpoint; by default a network
+    that knows ESC-50's classes. device: see --device. Raises UserError if there is none, or if they do not know the same
+    classes by the same features.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto"):
+    def __init__(self, path: str | Path = WEIGHTS, device: str = "auto"):
         self.device, paths = machine.choose_device(device), find_checkpoints(Path(spell_as_on_disk(str(path))))
         self.networks = [Network(each).to(self.device) for each in paths]
         self.classes, self.params = self.networks[0].classes, self.networks[0].params
@@ -160,6 +167,29 @@ class Predictor:
                 "probabilities": torch.stack([row["probabilities"] for row in windows])}
 
 
+def is_model(name: str) -> bool:
+    """Whether this is the name of a checkpoint (it ends in .pt), or of a folder with a run.json or a last.pt in or below it."""
+    folders = os.walk(spell_as_on_disk(name)) if os.path.isdir(spell_as_on_disk(name)) else ()
+    return name.endswith(".pt") or any("run.json" in files or "last.pt" in files for _, _, files in folders)
+
+
+def choose_model(names: list[str]) -> tuple[str | Path, list[str]]:
+    """The run or checkpoint that the first name is, else WEIGHTS, which is said on stderr; and the names of recordings.
+
+    Raises UserError for a first name that is no file and has no recording's ending: it looks like a run; and for a later run.
+    """
+    for name in names[1:]:
+        if is_model(name):
+            raise UserError(f"{name}: is a run or a checkpoint; name one, and before the recordings")
+    if names and is_model(names[0]):
+        return names[0], names[1:]
+    is_recording = not names or names[0] == "-" or Path(names[0]).suffix.lower() in ENDINGS
+    if not is_recording and not os.path.exists(spell_as_on_disk(names[0])):
+        raise UserError(f"{names[0]}: no such run, checkpoint or recording")
+    print_error("predict.py", f"note: no run is named: {WEIGHTS} predicts, trained on ESC-50")
+    return WEIGHTS, names
+
+
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoint that a file is or a training's folder holds; for a run's folder those of all finished trainings.
 
@@ -167,6 +197,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     """
     if path.is_file() or (path / "last.pt").exists():
         return [path if path.is_file() else path / "last.pt"]
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     if not (path / "run.json").exists():
         raise UserError(f"{path}: holds no checkpoint (last.pt) and no run (run.json); name a run's folder or a training's in it")
     flags = rundir.read_run_config(path)["flags"]
@@ -282,17 +314,20 @@ def interrupt_ends_input(interrupts: list):
 
 
 def run(args: argparse.Namespace) -> int:
-    predictor = Predictor(args.model, args.device)
+    model, recordings = choose_model([args.model, *args.recordings] if args.model else [])
+    if not (recordings or args.onnx):
+        raise UserError(f"FILE_OR_FOLDER: is missing; name recordings after {model}, or a file for --onnx")
+    predictor = Predictor(model, args.device)
     if args.onnx:
         if len(predictor.networks) > 1:
-            raise UserError(f"--onnx {args.onnx}: expected one network, {args.model} holds several; name one of its trainings")
+            raise UserError(f"--onnx {args.onnx}: expected one network, {model} holds several; name one of its trainings")
         from util import export
         difference = export.export_onnx(copy.deepcopy(predictor.networks[0]).cpu(), Path(args.onnx))
         print(f"{args.onnx}: waveform (batch, {CLIP_SAMPLES}) -> probabilities (batch, classes); onnxruntime agrees with torch "
               f"to {difference:.1e}", file=sys.stderr)
-    if not args.recordings:
+    if not recordings:
         return 0
-    names = [found for name in args.recordings for found in find_recordings(name)]
+    names = [found for name in recordings for found in find_recordings(name)]
     if len(names) > 1 and (args.plot or args.format == "labels"):
         raise UserError(f"{'--plot' if args.plot else '--format labels'}: expected one recording, found {len(names)}; name one")
     if args.plot and not Path(args.plot).parent.is_dir():

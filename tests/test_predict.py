@@ -571,9 +571,26 @@ def test_output_that_cannot_be_written_is_one_line(one, redirection):
 def test_models_that_cannot_predict_are_refused(run_dir, one, wav, tmp_path, capsys):
     refuse(capsys, run_dir / "seed-42", wav, words="seed-42: holds no checkpoint")
     refuse(capsys, tmp_path / "absent", wav, words="absent")
-    refuse(capsys, tmp_path, wav, words=f"{tmp_path}: holds no checkpoint")
+    refuse(capsys, tmp_path / "absent.pt", wav, words="absent.pt: no such file")
+    refuse(capsys, run_dir.parent, wav, words=f"{run_dir.parent}: holds no checkpoint")  # a run lies below it
+    refuse(capsys, wav, one, words=f"{one}: is a run")
     refuse(capsys, one, tmp_path, words=f"{tmp_path}: holds no recordings")
     refuse(capsys, one, words="FILE_OR_FOLDER")
+    refuse(capsys, words="FILE_OR_FOLDER")
+
+
+def test_without_a_run_the_weights_that_come_with_the_program_predict(one, wav, tmp_path, capsys, monkeypatch):
+    expected, _ = call(capsys, one, wav)
+    weights = shutil.copy(one / "last.pt", tmp_path / "own.pt")
+    monkeypatch.setattr(predict, "WEIGHTS", weights)
+    (tmp_path / "absent").mkdir()
+    shutil.copy(wav, tmp_path / "absent" / "no-ending")
+    for name in (wav, tmp_path / "absent"):
+        out, err = call(capsys, name)
+        assert out.splitlines()[1:] == expected.splitlines()[1:]
+        assert err.count("\n") == 1 and str(weights) in err
+    out, err = call(capsys, tmp_path / "absent.wav", wav, status=2)
+    assert out == expected and err.splitlines()[1].startswith(f"predict.py: {tmp_path / 'absent.wav'}: ")
 
 
 def change(checkpoint: dict, kind: str) -> dict:
