@@ -72,7 +72,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
     """Load the weights of all layers but the last one: of a checkpoint of this program, or ResNet-18's in torchvision's layout.
 
     source: a file's path, or "imagenet" (torchvision's published weights, fetched once into torch.hub's cache).
-    features: the dsets.FeatureParams of this training; a checkpoint must have the same.
+    features: the dsets.FeatureParams of this training; a checkpoint must have the same but for the crop.
     A stem of three input channels is summed to one: a gray picture, given as three equal channels, gives the same.
     Raises UserError if the weights cannot be fetched, read, or do not fit.
     """
@@ -95,7 +95,9 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
             f"expected {expected}"
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
     if checkpoint:
-        check_same(f"--pretrained {source}: has other features", checkpoint["features"], features)
+        mel_params = [{name: value for name, value in each.items() if not name.startswith("crop")}
+                      for each in (checkpoint["features"], features)]
+        check_same(f"--pretrained {source}: has other features; train with the same", *mel_params)
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
     missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:
