@@ -148,10 +148,9 @@ class ESC50(torch.utils.data.Dataset):
                 yield log_mel()(waveform).numpy()
             remarks += [note for note in SOUND_NOTES if note in notes]
 
-        mel_params = {name: value for name, value in vars(self.params).items() if not name.startswith("crop")}
         self.features, digests, remarks = cache.load_features(
             self.root, list(zip(table["file"], table["start"], table["end"])), compute,
-            (1, self.params.n_mels, self.params.num_frames), mel_params)
+            (1, self.params.n_mels, self.params.num_frames), cache.mel_params(vars(self.params)))
         self.rows = torch.from_numpy(np.flatnonzero(keep))
         self.digests = [digests[row] for row in self.rows]
         self.table = table[keep].reset_index(drop=True)

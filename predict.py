@@ -169,7 +169,8 @@ class Predictor:
 
 def is_model(name: str) -> bool:
     """Whether this is the name of a checkpoint (it ends in .pt), or of a folder with a run.json or a last.pt in or below it."""
-    folders = os.walk(spell_as_on_disk(name)) if os.path.isdir(spell_as_on_disk(name)) else ()
+    path = spell_as_on_disk(name)
+    folders = os.walk(path) if os.path.isdir(path) else ()  # os.walk raises for names that no file can have
     return name.endswith(".pt") or any("run.json" in files or "last.pt" in files for _, _, files in folders)
 
 

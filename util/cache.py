@@ -21,6 +21,11 @@ from util.rundir import remove_parts
 LIBRARIES = ("torch", "torchaudio", "av", "soxr")  # that features are computed with
 
 
+def mel_params(params: dict) -> dict:
+    """The dsets.FeatureParams that features depend on: all but the crop's."""
+    return {name: value for name, value in params.items() if not name.startswith("crop")}
+
+
 def load_features(root: Path, clips: list[tuple], compute, shape: tuple[int, ...], params: dict, kind: str = "logmel"):
     """Features (N, *shape) float32 of the clips, memory-mapped; each clip's file's SHA-256; remarks, each with its files' names.
 

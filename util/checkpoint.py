@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from util.cache import mel_params
 from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
 from util.rundir import check_same
 
@@ -95,9 +96,8 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
             f"expected {expected}"
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
     if checkpoint:
-        mel_params = [{name: value for name, value in each.items() if not name.startswith("crop")}
-                      for each in (checkpoint["features"], features)]
-        check_same(f"--pretrained {source}: has other features; train with the same", *mel_params)
+        then, now = mel_params(checkpoint["features"]), mel_params(features)
+        check_same(f"--pretrained {source}: has other features; train with the same", then, now)
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
     missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:
