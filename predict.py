@@ -78,7 +78,7 @@ import models
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
-from util import report, rundir, waveforms
+from util import command, report, rundir, waveforms
 from util.recordings import ENDINGS, find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
@@ -372,10 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     machine.keep_freed_memory()
     machine.multiply_in_fp32()
     machine.name_user()
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+    command.open_output()
     try:
         return run(parse_args(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -383,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror or error
         print_error("predict.py", f"{error.filename or 'output'}: {message}")
-        sys.stdout = open(os.devnull, "w")  # or the exit would fail at it again
+        command.discard_output()
     return 2
 
 

@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ if __name__ == "__main__":  # until there is something to save, an interrupt end
 
 from util import rundir
 from util.config import LOCATION_FLAGS, Config, parse_args
-from util.errors import UserError, exit_on_error, print_error, reason
+from util.errors import UserError, exit_on_error, reason
 
 if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong flag are answered before torch is imported, which
     exit_on_error("training.py", parse_args, sys.argv[1:])  # takes seconds; under torchrun, one of the processes answers (main)
@@ -37,7 +36,7 @@ import dsets
 import models
 from util import checkpoint as checkpoints
 from util import device as machine
-from util import dist, report
+from util import command, dist, report
 
 
 # --- one epoch --------------------------------------------------------------------------------------------------------
@@ -416,73 +415,9 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
     return run_dir
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-class Interrupted(KeyboardInterrupt):
-    """The first Ctrl-C or SIGTERM, with its number. Nothing needs saving: every epoch ends with a whole checkpoint."""
-
-    @classmethod
-    def handle(cls, signum, frame):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        raise cls(signum)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 2 something the user can fix, 130 or 143 interrupted."""
-    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not ours to handle
-    handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
-    try:
-        return run_and_report(sys.argv[1:] if argv is None else argv, list(handlers))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def run_and_report(argv: list[str], signals: list[int]) -> int:
-    """main, between its handlers of these signals: what ends the command too early is told in one line."""
-    machine.name_user()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-    progress, status, stopped = {"run_dir": None}, 2, ""
-    too_large = "--batch-size: the memory does not hold it; choose a smaller one"
-    try:
-        try:
-            dist.init()
-            if dist.rank() > 0:
-                sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
-            run(argv, progress)
-            dist.barrier()
-            return 0
-        finally:
-            for number in signals:
-                signal.signal(number, signal.SIG_IGN)  # torchrun ends the others where one has died: not before their message
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        stopped = f"{error.filename or 'output'}: {error.strerror or error} (to be fixed first)"
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w")  # or the exit would fail at it again
-    except (torch.OutOfMemoryError, MemoryError):
-        message = too_large
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises plain RuntimeErrors
-            stopped = "torchrun: one of the processes ended before the training did"
-        elif "allocate memory" in str(error):  # torch's CPU allocator has no type of its own for it
-            message = too_large
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile: torch cannot compile here ({reason(error)}); leave it out"
-        else:
-            raise
-    except Interrupted as interruption:
-        stopped, status = "interrupted", 128 + interruption.args[0]
-    if stopped:
-        again = f"{dist.launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
-        message = stopped + (f"; all whole epochs are saved; continue with: {again}" if progress["run_dir"] else
-                             "; no training had begun, the same command starts again")
-    if dist.is_first_to_ask():
-        print_error("training.py" if status == 2 else "\ntraining.py", message)  # on a line of its own, after the terminal's ^C
-    return status
+    return command.train_and_report(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

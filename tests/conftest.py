@@ -69,6 +69,10 @@ def train_in(run_dir: Path, root: Path, *flags) -> Path:
     return run_dir
 
 
+def last_checkpoint(run_dir: Path, seed: int = 42, fold: int | str = 1) -> dict:
+    return load_checkpoint(rundir.training_dir(run_dir, seed, fold) / "last.pt")
+
+
 class Tiny(torch.nn.Module):
     """A network small enough for a test, with batch statistics as the real ones have."""
 
