@@ -178,10 +178,14 @@ class EMA:
 
 # --- one training -----------------------------------------------------------------------------------------------------
 
-FEATURES = ("f_max", "crop_mels", "crop_frames")  # of dsets.FeatureParams
 AUGMENTATIONS = ("views", "freq_mask", "time_mask", "mixup", "time_shift", "gain", "filter_augment")  # of training_batches
 ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def feature_params(config: Config) -> dsets.FeatureParams:
+    """The features that --f-max, --crop-mels and --crop-frames ask for."""
+    return dsets.FeatureParams(f_max=config.f_max, crop_mels=config.crop_mels, crop_frames=config.crop_frames)
 
 
 def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int, device: torch.device) -> None:
@@ -355,8 +359,8 @@ def run(argv: list[str], progress: dict) -> None:
         if config.download and dist.rank() == 0:
             from util.download import download
             download(Path(config.data))
-        params = dsets.FeatureParams(**{name: getattr(config, name) for name in FEATURES})
-        dataset = dsets.ESC50(config.data, config.esc10, params=params, folds=config.folds, split_long=config.split_long)
+        dataset = dsets.ESC50(config.data, config.esc10, params=feature_params(config), folds=config.folds,
+                              split_long=config.split_long)
     config.data, config.download = str(dataset.root.resolve()), False  # as --resume will find them
     if "all" in config.fold:
         config.fold = dataset.folds + [fold for fold in config.fold if fold == "none"]

@@ -47,11 +47,11 @@ import training
 from util import checkpoint as checkpoints
 from util import device as machine
 from util import rundir
-from util.config import STRONG, Config
+from util.config import Config, recipe_flags
 from util.tables import COLUMNS
 
 LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 60, "rest": 90}
-RECIPES = {"blog": {}, "strong": STRONG}
+RECIPES = ("blog", "strong")
 EAGER = """
 import sys
 import training
@@ -111,14 +111,15 @@ def rows_of(folder: Path, phase: str) -> list[dict]:
     return [row for row in rundir.read_metrics(folder) if row["phase"] == phase]
 
 
-def random_dataset(args):
+def random_dataset(args, params: dsets.FeatureParams = speed.PARAMS):
     """Features of ESC-50's training folds on the device, as training.py holds them."""
-    return speed.random_dataset(torch.device(args.device), 1600 if args.device == "cuda" else 64)
+    return speed.random_dataset(torch.device(args.device), 1600 if args.device == "cuda" else 64, params)
 
 
-def steps_of(args, recipe: dict, precision: str, recorded: bool = True) -> speed.Steps:
-    dataset = random_dataset(args)
-    return speed.Steps(Config(**recipe), dataset, dataset.rows, (0.0, 1.0), precision, torch.device(args.device), recorded)
+def steps_of(args, flags: dict, precision: str, recorded: bool = True) -> speed.Steps:
+    config = Config(**flags)
+    dataset = random_dataset(args, training.feature_params(config))
+    return speed.Steps(config, dataset, dataset.rows, (0.0, 1.0), precision, torch.device(args.device), recorded)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def profile(args, results: Results) -> None:
 
 
 def profile_steps(args, name: str, recipe: str) -> dict:
-    steps = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16", recorded=False)
+    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, "bf16", recorded=False)
     steps(3)
     seconds = steps(args.steps)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == "cuda")
@@ -155,7 +156,7 @@ def profile_steps(args, name: str, recipe: str) -> dict:
 
 def waits_nowhere(args, name: str, recipe: str) -> bool:
     """An epoch of recorded steps, and the augmentation between them, after the first batch; fails at what waits."""
-    steps = steps_of(args, {"model": name, **RECIPES[recipe]}, "bf16")
+    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, "bf16")
     steps(4)
 
     def watch(batches):

@@ -88,7 +88,7 @@ class Steps:
     def __init__(self, config: Config, dataset, clips: torch.Tensor, mean_std: tuple[float, float], precision: str,
                  device: torch.device, recorded: bool = True):
         torch.manual_seed(0)
-        model = models.build_model(config.model).to(device, memory_format=torch.channels_last)
+        model = models.build_model(config.model, input_shape=dataset.params.input_shape).to(device, memory_format=torch.channels_last)
         self.optimizer = training.build_optimizer(model, config, device)
         self.ema = training.EMA(model, config.ema) if config.ema else None
         self.model = machine.compile_model(model) if config.compile else model
@@ -108,11 +108,11 @@ class Steps:
         return time.perf_counter() - begin
 
 
-def random_dataset(device: torch.device, clips: int):
+def random_dataset(device: torch.device, clips: int, params: dsets.FeatureParams = PARAMS):
     """Random features of so many clips on a device, in place of an `ESC50`."""
     generator = torch.Generator(device).manual_seed(0)
-    features = torch.randn(clips, 1, PARAMS.n_mels, PARAMS.num_frames, device=device, generator=generator)
-    return SimpleNamespace(features=features, rows=torch.arange(clips), targets=torch.arange(clips) % 50, params=PARAMS)
+    features = torch.randn(clips, 1, params.n_mels, params.num_frames, device=device, generator=generator)
+    return SimpleNamespace(features=features, rows=torch.arange(clips), targets=torch.arange(clips) % 50, params=params)
 
 
 def seconds_of(function) -> float:

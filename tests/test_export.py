@@ -54,7 +54,7 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
 
 @pytest.mark.slow
 def test_the_graph_of_nine_crops(shared_root, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--recipe", "strong")
+    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", 9)
     waveforms = waveforms_of(shared_root)
     predictor = predict.Network(checkpoint)
     assert predictor.tta_crops == 9

@@ -99,17 +99,23 @@ class Config:
 GROUPS = {"data": "data", "model": "model", "fold": "experiment", "device": "machine", "run_dir": "output", "resume": "again"}
 
 # What the literature found to help a small network. Sources: adamw: Loshchilov & Hutter, ICLR 2019; label_smoothing: Szegedy et
-# al., CVPR 2016; gain: Tokozume et al., ICLR 2018; tta_crops: Krizhevsky et al., NeurIPS 2012; the others where they are used.
-# mixup and filter_augment were chosen on folds 1 to 3 of ESC-10 (docs/results.md), the rest are the first values tried.
+# al., CVPR 2016; gain: Tokozume et al., ICLR 2018; the others where they are used. mixup and filter_augment were chosen on folds 1
+# to 3 of ESC-10, f_max and crop_frames on folds 1 and 2 of ESC-50 (docs/results.md); the rest are the first values tried.
 STRONG = {"epochs": 100, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", "lr_schedule": "cosine", "mixup": 0.3,
-          "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "filter_augment": 6.0, "ema": 0.98, "tta_crops": 9}
-STRONG_CNN4 = {"lr": 5e-4}  # tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3
+          "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "filter_augment": 6.0, "ema": 0.98, "f_max": 16_000.0, "crop_frames": 431}
+# tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3. More frames, more weights
+STRONG_CNN4 = {"lr": 5e-4, "crop_frames": 384}
 DEMO = {"data": "data/demo"}
 DEMO_RECIPE = {"epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
 
 LOCATION_FLAGS = {"comment", "data", "download", "run_dir", "tb_prefix", "resume", "rerun"}  # these change no figure
 MAY_CHANGE = {"--resume": {"resume", "data", "download", "epochs", "seed", "fold"},
               "--rerun": LOCATION_FLAGS | {"device", "precision"}}
+
+
+def recipe_flags(recipe: str | None, model: str) -> dict:
+    """What a recipe changes of Config's defaults for a network."""
+    return STRONG | (STRONG_CNN4 if model == "cnn4" else {}) if recipe == "strong" else {}
 
 
 def flag_name(name: str) -> str:
@@ -167,7 +173,7 @@ def parse_args(argv: list[str]) -> Config:
         except (KeyError, TypeError) as error:
             raise UserError(f"{run_dir}/run.json: has other flags than this program ({reason(error)}); use the code of then, "
                             f"restore it, or start a new run") from error
-    recipe = STRONG | (STRONG_CNN4 if first.model == "cnn4" else {}) if first.recipe == "strong" else {}
+    recipe = recipe_flags(first.recipe, first.model)
     if first.demo:
         recipe = DEMO | (recipe if first.recipe else DEMO_RECIPE)
     parser.set_defaults(**vars(recorded) if recorded else {"recipe": "blog", **recipe})
