@@ -63,7 +63,7 @@ class Config:
                                 "validate nothing", nargs="+", type=fold_name, metavar="K")
     seed: list = flag([42], "seed: one or several, each with every fold", nargs="+", type=number(int, 0, 2 ** 63 - 1),
                       metavar="S")
-    recipe: str = flag("blog", "the defaults of the flags below; a flag beside it overrides it", choices=("blog", "strong"))
+    recipe: str = flag("blog", "the defaults of the flags below; a flag that is given takes precedence", choices=("blog", "strong"))
     epochs: int = flag(40, "passes over all training examples", type=number(int, 1, 10 ** 6), metavar="N")
     batch_size: int = flag(32, "examples of each step, over all processes", type=number(int, 1, 10 ** 6), metavar="N")
     lr: float = flag(3e-4, "learning rate, or its peak; for strong with cnn4, 0.0005", type=number(float, 0, 1e3), metavar="X")
@@ -72,7 +72,7 @@ class Config:
     lr_schedule: str = flag("constant", "cosine: a linear warm-up over a tenth, then down to 0", choices=("constant", "cosine"))
     f_max: float = flag(8000.0, "the highest frequency of the mel-spectrograms", type=number(float, 1000, 22_050), metavar="HZ")
     crop_mels: int = flag(100, "mels of a crop, of 128", type=number(int, 16, 128), metavar="N")
-    crop_frames: int = flag(384, "frames of a crop, of 431", type=number(int, 16, 431), metavar="N")
+    crop_frames: int = flag(384, "frames of a crop, of 431; for strong with cnn4, 384", type=number(int, 16, 431), metavar="N")
     views: int = flag(5, "random crops of each clip an epoch, all but the first masked", type=number(int, 1, 1000), metavar="N")
     freq_mask: int = flag(27, "SpecAugment: each of two masks covers up to N mels", type=number(int, 0, 1000), metavar="N")
     time_mask: int = flag(100, "SpecAugment: each of two masks covers up to N frames", type=number(int, 0, 10 ** 5), metavar="N")
@@ -84,7 +84,7 @@ class Config:
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
-    tta_crops: int = flag(1, "average the logits of the center crop, or of a grid of 9, in validation", type=int, choices=(1, 9))
+    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of a grid of up to 9", type=int, choices=(1, 9))
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto takes bf16 where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: a slower start, then faster steps with cnn8 (docs/performance.md)")
@@ -102,7 +102,8 @@ GROUPS = {"data": "data", "model": "model", "fold": "experiment", "device": "mac
 # al., CVPR 2016; gain: Tokozume et al., ICLR 2018; the others where they are used. mixup and filter_augment were chosen on folds 1
 # to 3 of ESC-10, f_max and crop_frames on folds 1 and 2 of ESC-50 (docs/results.md); the rest are the first values tried.
 STRONG = {"epochs": 100, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", "lr_schedule": "cosine", "mixup": 0.3,
-          "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "filter_augment": 6.0, "ema": 0.98, "f_max": 16_000.0, "crop_frames": 431}
+          "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "filter_augment": 6.0, "ema": 0.98, "f_max": 16_000.0,
+          "crop_frames": 431}
 # tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3. More frames, more weights
 STRONG_CNN4 = {"lr": 5e-4, "crop_frames": 384}
 DEMO = {"data": "data/demo"}

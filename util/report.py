@@ -242,7 +242,7 @@ def summary_table(summary: dict) -> str:
     table = pd.DataFrame(rows, columns=["seed", "fold", *percent[:4], "best_epoch", percent[4]])
     table[percent] = (100 * table[percent].astype(float)).map("{:.2f}".format)
     return (table.to_string(index=False) + "\n(%, of the last epoch. The best epoch is that of the lowest validation loss: "
-            "chosen on the validation fold, its accuracy flatters.)")
+            "chosen on the validation fold, its accuracy is optimistic.)")
 
 
 class Board:
