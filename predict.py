@@ -20,7 +20,7 @@ import sys
 import threading
 from pathlib import Path
 
-from util.errors import UserError, exit_on_error, print_error, reason, write_atomically
+from util.errors import UserError, exit_on_error, print_error, printable, reason, write_atomically
 
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "cnn8-esc50.pt"  # how it was made: docs/results.md
@@ -243,7 +243,7 @@ def print_row(name: str, row: dict, form: str) -> None:
     if form == "table":
         title = "mean" if row["window"] == "mean" else f"{row['start_s']:.1f} - {row['end_s']:.1f} s"
         guesses = [guess["class"] + f" {100 * guess['probability']:.1f}%" * (guess["class"] != "-") for guess in row["top"]]
-        print(f"{title:>17}  " + ", ".join(guesses))
+        print(f"{title:>17}  " + printable(", ".join(guesses)))
     elif form == "csv":
         span = [f"{row['start_s']:.3f}", f"{row['end_s']:.3f}"]
         csv.writer(sys.stdout, lineterminator="\n").writerows(
@@ -264,9 +264,9 @@ def print_recording(name: str, windows: list[dict], mean: dict, form: str, is_fi
         edges = window_edges(windows)
         for label, group in itertools.groupby(range(len(windows)), lambda index: windows[index]["top"][0]["class"]):
             first, *_, last = [*group] * 2
-            print(f"{edges[first]:.6f}\t{edges[last + 1]:.6f}\t{label}\n" if label != "-" else "", end="")
+            print(f"{edges[first]:.6f}\t{edges[last + 1]:.6f}\t{printable(label)}\n" if label != "-" else "", end="")
     else:
-        print(f"{name} ({mean['end_s']:.1f} s)\n" if form == "table" else "", end="")
+        print(f"{printable(name)} ({mean['end_s']:.1f} s)\n" if form == "table" else "", end="")
         for row in [mean] if form == "table" and len(windows) == 1 else [mean, *windows]:  # a single window is the mean
             print_row(name, row, form)
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # until there is something to save, an interrupt end
 
 from util import rundir
 from util.config import LOCATION_FLAGS, Config, parse_args
-from util.errors import UserError, exit_on_error, reason
+from util.errors import UserError, exit_on_error, printable, reason
 
 if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong flag are answered before torch is imported, which
     exit_on_error("training.py", parse_args, sys.argv[1:])  # takes seconds; under torchrun, one of the processes answers (main)
@@ -372,10 +372,10 @@ def run(argv: list[str], progress: dict) -> None:
     torch.set_num_threads(rundir.read_run_config(run_dir)["hardware"]["threads"])  # sums are split by thread: as many as at first
     counts, parameters = dataset.table["category"].value_counts(), sum(parameter.numel() for parameter in model.parameters())
     sizes = f"{counts.min()} clips of {counts.idxmin()} to {counts.max()} of {counts.idxmax()}"
-    sizes = sizes if counts.nunique() > 1 else f"{counts.max()} clips of each class"
+    sizes = printable(sizes if counts.nunique() > 1 else f"{counts.max()} clips of each class")
     print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} parameters, "
           f"{config.precision} on {config.device}, processes: {dist.world_size()}, threads of each: "
-          f"{torch.get_num_threads()}{note}", *(f"note   {text}" for text in dataset.notes), sep="\n", flush=True)
+          f"{torch.get_num_threads()}{note}", *(f"note   {printable(text)}" for text in dataset.notes), sep="\n", flush=True)
     with machine.own_stream(device):
         if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
             dataset.features = dataset.features.to(device)  # else they stay on disk, and crops of them are copied

@@ -536,6 +536,17 @@ def test_a_name_that_is_not_utf8_is_predicted(one, tmp_path, capsys):
         assert os.fsencode(entry["file"]) == os.fsencode(path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no file can have such a name there")
+def test_control_characters_of_a_name_are_shown_and_not_obeyed(one, tmp_path, capsys):
+    path = tmp_path / "\x1b[31m\n.wav"
+    soundfile.write(tmp_path / "a.wav", noise(1), SAMPLE_RATE)
+    (tmp_path / "a.wav").rename(path)
+    out, _ = call(capsys, one, path)
+    assert out.startswith(rf"{tmp_path}/\x1b[31m\n.wav (1.0 s)" + "\n") and out.replace("\n", "").isprintable()
+    row, *_ = csv.DictReader(io.StringIO(call(capsys, one, path, "--format", "csv")[0]))
+    assert row["file"] == str(path), "for programs, the name as it is"
+
+
 @pytest.mark.slow
 def test_names_that_the_terminal_cannot_show_are_predicted(one, tmp_path):
     soundfile.write(tmp_path / "ü.wav", noise(1), SAMPLE_RATE)

@@ -16,9 +16,14 @@ def reason(error: BaseException) -> str:
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
+def printable(text: str) -> str:
+    """Text with its control characters, which a terminal would obey, written as escapes."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def print_error(program: str, message: str) -> None:
     """Print one line on stderr, of 2000 characters at most and without control characters, whatever names are in it."""
-    line = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in message)
+    line = printable(message)
     line = line if len(line) <= 2000 else line[:1500] + " ... " + line[-495:]
     print(f"{program}: {line}", file=sys.stderr, flush=True)
 
