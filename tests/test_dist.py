@@ -22,7 +22,8 @@ from util import dist
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
-FLAGS = ["--device", "cpu", "--precision", "fp32", "--recipe", "strong", "--views", 3, "--batch-size", 4, "--epochs", 3]
+FLAGS = ["--device", "cpu", "--precision", "fp32", "--recipe", "strong", "--tta-crops", 9, "--views", 3,
+         "--batch-size", 4, "--epochs", 3]
 
 
 # --- what the launched processes do -----------------------------------------------------------------------------------
@@ -118,8 +119,9 @@ def one_thread():
 
 def check_evaluation(root: Path, path: Path) -> None:
     """The last evaluation, which the ranks shared out, is what one process finds with the weights that were saved."""
-    checkpoint, dataset = load_checkpoint(path), dsets.ESC50(root)
-    model = Tiny(3)
+    checkpoint = load_checkpoint(path)
+    params = dsets.FeatureParams(**checkpoint["features"])
+    dataset, model = dsets.ESC50(root, params=params), Tiny(3, params.input_shape)
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], checkpoint["mean_std"], batch_size=4, device=CPU,
                                        tta_crops=9)

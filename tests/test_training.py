@@ -245,10 +245,11 @@ def test_the_cosine_schedule_rises_for_a_tenth_and_falls_to_nothing():
 
 
 def test_the_averaged_weights_are_evaluated_and_saved(pristine_root, tmp_path):
-    run_dir = train_in(tmp_path / "run", pristine_root, *STRONG, "--epochs", 2, "--ema", 0.5)
+    run_dir = train_in(tmp_path / "run", pristine_root, *STRONG, "--epochs", 2, "--ema", 0.5, "--tta-crops", 9)
     checkpoint = last_checkpoint(run_dir)
     assert not same_weights(checkpoint["model"], checkpoint["raw_model"])
-    dataset, model = dsets.ESC50(pristine_root), Tiny(2)
+    params = dsets.FeatureParams(**checkpoint["features"])
+    dataset, model = dsets.ESC50(pristine_root, params=params), Tiny(2, params.input_shape)
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], checkpoint["mean_std"], batch_size=4, device=CPU,
                                        tta_crops=9)
