@@ -88,7 +88,8 @@ class Steps:
     def __init__(self, config: Config, dataset, clips: torch.Tensor, mean_std: tuple[float, float], precision: str,
                  device: torch.device, recorded: bool = True):
         torch.manual_seed(0)
-        model = models.build_model(config.model, input_shape=dataset.params.input_shape).to(device, memory_format=torch.channels_last)
+        model = models.build_model(config.model, input_shape=dataset.params.input_shape)
+        model = model.to(device, memory_format=torch.channels_last)
         self.optimizer = training.build_optimizer(model, config, device)
         self.ema = training.EMA(model, config.ema) if config.ema else None
         self.model = machine.compile_model(model) if config.compile else model
