@@ -63,7 +63,7 @@ class Config:
                                 "validate nothing", nargs="+", type=fold_name, metavar="K")
     seed: list = flag([42], "seed: one or several, each with every fold", nargs="+", type=number(int, 0, 2 ** 63 - 1),
                       metavar="S")
-    recipe: str = flag("blog", "the defaults of the flags below; a flag that is given takes precedence", choices=("blog", "strong"))
+    recipe: str = flag("blog", "the defaults of the flags below; explicit flags take precedence", choices=("blog", "strong"))
     epochs: int = flag(40, "passes over all training examples", type=number(int, 1, 10 ** 6), metavar="N")
     batch_size: int = flag(32, "examples of each step, over all processes", type=number(int, 1, 10 ** 6), metavar="N")
     lr: float = flag(3e-4, "learning rate, or its peak; for strong with cnn4, 0.0005", type=number(float, 0, 1e3), metavar="X")
