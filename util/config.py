@@ -99,8 +99,8 @@ class Config:
 GROUPS = {"data": "data", "model": "model", "fold": "experiment", "device": "machine", "run_dir": "output", "resume": "again"}
 
 # What the literature found to help a small network. Sources: adamw: Loshchilov & Hutter, ICLR 2019; label_smoothing: Szegedy et
-# al., CVPR 2016; gain: Tokozume et al., ICLR 2018; the others where they are used. mixup and filter_augment were chosen on folds 1
-# to 3 of ESC-10, f_max and crop_frames on folds 1 and 2 of ESC-50 (docs/results.md); the rest are the first values tried.
+# al., CVPR 2016; gain: Tokozume et al., ICLR 2018; the others where they are used. mixup and filter_augment were chosen on folds
+# 1 to 3 of ESC-10, f_max and crop_frames on folds 1 and 2 of ESC-50 (docs/results.md); the rest are the first values tried.
 STRONG = {"epochs": 100, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", "lr_schedule": "cosine", "mixup": 0.3,
           "label_smoothing": 0.1, "time_shift": 5.0, "gain": 6.0, "filter_augment": 6.0, "ema": 0.98, "f_max": 16_000.0,
           "crop_frames": 431}
