@@ -252,7 +252,8 @@ def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, sh
 def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tensor:
     """The corners (crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or a grid of 9.
 
-    Of a grid (Krizhevsky et al., NeurIPS 2012, average such crops), only corners that differ: where a crop has all frames, 3.
+    Of a grid (Krizhevsky et al., NeurIPS 2012, average such crops), only corners that differ: 3 where a crop has all
+    frames, 1 where it has all mels, too.
     """
     mel, frame = (params.n_mels - params.crop_mels) // 2, (params.num_frames - params.crop_frames) // 2
     if tta_crops == 1:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from util.errors import UserError, exit_on_error, print_error, printable, reason, write_atomically
 
-
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "cnn8-esc50.pt"  # how it was made: docs/results.md
 
 
