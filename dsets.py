@@ -238,12 +238,14 @@ def generator_for(seed: int, fold: int, epoch: int, purpose: str) -> torch.Gener
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, shift_frames: int = 0) -> torch.Tensor:
-    """Random corners (count, 2) of crops: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most), int64.
+def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, shift_frames: int = 0,
+               shift_mels: int = 0) -> torch.Tensor:
+    """Random corners (count, 2) of crops, int64: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most).
 
-    A crop that passes the end of its clip wraps around to its beginning, as if the clip had been shifted by torch.roll.
+    The lowest mel lies up to shift_mels lower or higher than that (at most 127). See `crop` for what lies beyond the edges.
     """
-    mels = torch.randint(params.n_mels - params.crop_mels + 1, (count,), generator=generator)
+    shift_mels = min(shift_mels, params.n_mels - 1)
+    mels = torch.randint(-shift_mels, params.n_mels - params.crop_mels + 1 + shift_mels, (count,), generator=generator)
     last = min(params.num_frames, params.num_frames - params.crop_frames + 1 + shift_frames)
     frames = torch.randint(last, (count,), generator=generator)
     return torch.stack([mels, frames], dim=1)
@@ -262,10 +264,27 @@ def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tenso
     return torch.cartesian_prod(mels, frames)
 
 
-def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, params: FeatureParams) -> torch.Tensor:
-    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2); the end wraps around."""
+def draw_stretches(count: int, time_stretch: float, generator: torch.Generator) -> torch.Tensor:
+    """Rates (count,) at which frames are read, float32: from 1 / (1 + time_stretch) to 1 + time_stretch, their log uniform.
+
+    Salamon & Bello (IEEE Signal Processing Letters, 2017) stretch waveforms, by 0.81 to 1.23.
+    """
+    return (1 + time_stretch) ** (2 * torch.rand(count, generator=generator) - 1)
+
+
+def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, params: FeatureParams,
+         rates: torch.Tensor | None = None) -> torch.Tensor:
+    """Cut (B, 1, 100, 384) out of features (N, 1, 128, 431): from rows (B,) at corners (B, 2), frames read at rates (B,).
+
+    Beyond the last frame comes the first one, as if the clip had been shifted by torch.roll; beyond the first and the last
+    mel these repeat. rates: frames of the clip to one of the crop, the nearest before; None: 1.
+    """
     mels = corners[:, 0, None] + torch.arange(params.crop_mels, device=corners.device)  # (B,) -> (B, 100)
-    frames = (corners[:, 1, None] + torch.arange(params.crop_frames, device=corners.device)) % params.num_frames  # -> (B, 384)
+    mels = mels.clamp(0, params.n_mels - 1)
+    frames = torch.arange(params.crop_frames, device=corners.device)
+    if rates is not None:
+        frames = (frames * rates[:, None]).long()  # (384,) -> (B, 384)
+    frames = (corners[:, 1, None] + frames) % params.num_frames  # -> (B, 384)
     # indices (B, 1, 1), 0, (B, 100, 1), (B, 1, 384) -> (B, 100, 384)
     return features[rows[:, None, None], 0, mels[:, :, None], frames[:, None, :]].unsqueeze(1)  # -> (B, 1, 100, 384)
 
@@ -340,13 +359,15 @@ class Batch(NamedTuple):
 
 def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, views: int, batch_size: int,
                      seed: int, fold: int, epoch: int, device: torch.device, freq_mask: int = Config.freq_mask,
-                     time_mask: int = Config.time_mask, time_shift: float = 0.0, gain: float = 0.0,
-                     filter_augment: float = 0.0, mixup: float = 0.0, rank: int = 0, world_size: int = 1):
+                     time_mask: int = Config.time_mask, time_shift: float = 0.0, time_stretch: float = 0.0,
+                     freq_shift: int = 0, gain: float = 0.0, filter_augment: float = 0.0, mixup: float = 0.0, rank: int = 0,
+                     world_size: int = 1):
     """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
     Each clip gives `views` examples: all random crops, all but the first also masked (freq_mask in mels, time_mask in
-    frames: `draw_masks`), shifted by up to time_shift s (`draw_crops`), up to gain dB louder or softer, some frequencies up to
-    filter_augment dB (`draw_filter_augment`), mixed with the example before it in its batch (mixup: `draw_lam`'s alpha).
+    frames: `draw_masks`), shifted by up to time_shift s and freq_shift mels (`draw_crops`), faster or slower
+    (time_stretch: `draw_stretches`), up to gain dB louder or softer, some frequencies up to filter_augment dB
+    (`draw_filter_augment`), mixed with the example before it in its batch (mixup: `draw_lam`'s alpha).
     Of each batch, this rank gets its part: the parts of all ranks in a row are the batch that one process alone would get.
     All draws of the epoch are made at once and on the CPU: they depend on seed, fold and epoch alone.
     """
@@ -354,13 +375,14 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[floa
         return generator_for(seed, fold, epoch, purpose)
 
     params, count = dataset.params, len(indices) * views
-    corners = draw_crops(count, generator("crops"), params, round(time_shift * SAMPLE_RATE / params.hop_length))
+    corners = draw_crops(count, generator("crops"), params, round(time_shift * SAMPLE_RATE / params.hop_length), freq_shift)
     masks = draw_masks(count, generator("masks"), params, freq_mask, time_mask)
     order = torch.randperm(count, generator=generator("order"))
     masks[torch.arange(count) % views == 0] = 0  # [0, 0): the first view of each clip has no mask
     rows, targets = dataset.rows[indices[order // views]], dataset.targets[indices[order // views]]
     corners, masks, targets = corners[order], masks[order].to(device), targets.to(device)
     rows, corners = rows.to(dataset.features.device), corners.to(dataset.features.device)
+    rates = draw_stretches(count, time_stretch, generator("stretch")).to(dataset.features.device) if time_stretch else None
     decibels = gain * (2 * torch.rand(count, 1, 1, 1, generator=generator("gain")) - 1)
     if filter_augment:
         decibels = decibels + draw_filter_augment(count, filter_augment, generator("equalise"), params)  # -> (count, 1, 100, 1)
@@ -379,7 +401,8 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[floa
             """The values of this rank's examples; with mixup, after that of the example before them."""
             return torch.cat([values[before:before + 1], values[own]]) if mixup else values[own]
 
-        examples = crop(dataset.features, select(rows), select(corners), params).to(device)  # -> (B, 1, 100, 384)
+        own_rates = select(rates) if time_stretch else None
+        examples = crop(dataset.features, select(rows), select(corners), params, own_rates).to(device)  # -> (B, 1, 100, 384)
         if gain or filter_augment:
             examples += select(decibels)
         examples = spec_augment(normalize(examples, *mean_std), select(masks))

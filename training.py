@@ -178,7 +178,8 @@ class EMA:
 
 # --- one training -----------------------------------------------------------------------------------------------------
 
-AUGMENTATIONS = ("views", "freq_mask", "time_mask", "mixup", "time_shift", "gain", "filter_augment")  # of training_batches
+AUGMENTATIONS = ("views", "freq_mask", "time_mask", "mixup", "time_shift", "time_stretch", "freq_shift", "gain",
+                 "filter_augment")  # of training_batches
 ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

@@ -146,7 +146,7 @@ def spectrogram_explorer(ds: dsets.ESC50) -> Explorer:
 def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Explorer:
     """A clip's augmented example: crop, gain, filter and masks, then mixup with a partner that has draws of its own.
 
-    seed: what draws the crops, the masks and the filters. gain and lam are set by hand, the other sliders are limits of draws.
+    seed: what draws the crops, their rates, the masks and the filters. gain and lam are set by hand, the other sliders are limits of draws.
     mean_std: that of the training folds.
     """
     own, partner, params = ClipMenu(ds, 0, "class"), ClipMenu(ds, len(ds.classes) - 1, "partner"), ds.params
@@ -159,28 +159,33 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         "freq_mask (mels)": widgets.IntSlider(Config.freq_mask, 0, params.n_mels),
         "time_mask (frames)": widgets.IntSlider(Config.time_mask, 0, params.num_frames),
         "time_shift (s)": widgets.FloatSlider(0, min=0, max=5),
+        "time_stretch": widgets.FloatSlider(0, min=0, max=1, step=0.05),
+        "freq_shift (mels)": widgets.IntSlider(0, 0, 40),
         "gain (dB)": widgets.FloatSlider(0, min=-20, max=20),
         "filter_augment (dB)": widgets.FloatSlider(0, min=0, max=20)}
     figure = Figure(figsize=(13, 3.2), dpi=80)
     panels = figure.subplots(1, 3, gridspec_kw={"left": 0.06, "right": 0.98, "bottom": 0.16, "wspace": 0.2})
 
     def draw():
-        seed, lam, mels, frames, freq_mask, time_mask, time_shift, gain, filter_augment = (s.value for s in sliders.values())
+        (seed, lam, mels, frames, freq_mask, time_mask, time_shift, time_stretch, freq_shift, gain,
+         filter_augment) = (slider.value for slider in sliders.values())
         changed = dataclasses.replace(params, crop_mels=mels, crop_frames=frames)
 
         def generator(purpose: str) -> torch.Generator:
             return dsets.generator_for(seed, 1, 1, purpose)
         rows = ds.rows[[own.clip.value, partner.clip.value]]
-        corners = dsets.draw_crops(2, generator("crops"), changed, round(time_shift / seconds))
+        corners = dsets.draw_crops(2, generator("crops"), changed, round(time_shift / seconds), freq_shift)
+        rates = dsets.draw_stretches(2, time_stretch, generator("stretch"))
         decibels = gain + dsets.draw_filter_augment(2, filter_augment, generator("equalise"), changed)  # (2, 1, 100, 1)
-        examples = dsets.normalize(dsets.crop(ds.features, rows, corners, changed) + decibels, *mean_std)  # (2, 1, 100, 384)
+        examples = dsets.crop(ds.features, rows, corners, changed, rates)  # (2, 1, 100, 384)
+        examples = dsets.normalize(examples + decibels, *mean_std)
         examples = dsets.spec_augment(examples, dsets.draw_masks(2, generator("masks"), changed, freq_mask, time_mask))
         example = dsets.mix_examples(examples[:1], examples[1:], torch.tensor([lam]))[0, 0]  # -> (100, 384)
-        for axes, menu, (low, first) in zip(panels, (own, partner), corners.tolist()):
+        for axes, menu, (low, first), rate in zip(panels, (own, partner), corners.tolist(), rates.tolist()):
             redraw_mel(axes, ds[menu.clip.value][0][0], params)
             for start in (first, first - params.num_frames):  # what wraps around has the second frame
-                axes.add_patch(Rectangle(((start - 0.5) * seconds, low - 0.5), frames * seconds, mels, fill=False, color="white",
-                                         linewidth=2))
+                axes.add_patch(Rectangle(((start - 0.5) * seconds, low - 0.5), frames * rate * seconds, mels, fill=False,
+                                         color="white", linewidth=2))
             axes.set_title(ds.classes[ds.targets[menu.clip.value]], parse_math=False)
         panels[1].set(ylabel="", yticks=[])  # the first panel's: text takes most of the time
         low, first = corners[0].tolist()
@@ -188,6 +193,6 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         panels[2].set_title(f"example {tuple(example.shape)}, mean +- 3 std")
         heard = example * mean_std[1] + mean_std[0]  # in dB again
         whole = torch.full((params.n_mels, frames), heard.min().item())  # what lies outside of the crop is as silent as can be
-        whole[low:low + mels] = heard
+        whole[max(low, 0):low + mels] = heard[max(-low, 0):params.n_mels - low]  # without mels that repeat beyond the edges
         return whole, changed
     return Explorer([own, partner], sliders, figure, draw)

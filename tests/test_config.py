@@ -166,7 +166,8 @@ def test_masks_and_other_augmentation_reach_the_batches(root, tmp_path, monkeypa
         return training_batches(*arguments, **keywords)
     monkeypatch.setattr(dsets, "draw_masks", drawing)
     monkeypatch.setattr(dsets, "training_batches", making)
-    given = {"freq_mask": 3, "time_mask": 5, "views": 2, "mixup": 0.4, "time_shift": 1.5, "gain": 2.0, "filter_augment": 3.0}
+    given = {"freq_mask": 3, "time_mask": 5, "views": 2, "mixup": 0.4, "time_shift": 1.5, "time_stretch": 0.2, "freq_shift": 4,
+             "gain": 2.0, "filter_augment": 3.0}
     assert given.keys() == set(training.AUGMENTATIONS)
     flags = [part for name, value in given.items() for part in (config.flag_name(name), value)]
     train_in(tmp_path / "run", root, *flags)

@@ -379,7 +379,7 @@ def test_with_features_on_a_gpu_no_batch_after_the_first_waits_for_the_cpu(datas
         monkeypatch.setattr(dataset, "features", torch.empty(dataset.features.shape, device="cuda"))
         batches = dsets.training_batches(
             dataset, training, (0.0, 1.0), views=5, batch_size=16, seed=1, fold=1, epoch=1, device=torch.device("cuda"),
-            time_shift=5.0, gain=6.0, filter_augment=6.0, mixup=mixup)
+            time_shift=5.0, time_stretch=0.25, freq_shift=14, gain=6.0, filter_augment=6.0, mixup=mixup)
         first = next(batches)  # before it, the epoch's draws are copied to the device
         with BetweenDevices() as between:
             rest = list(batches)
@@ -416,9 +416,9 @@ def test_every_draw_of_an_epoch_follows_seed_fold_and_epoch(dataset, monkeypatch
         asked.append(parts)
         return generator_for(*parts)
     monkeypatch.setattr(dsets, "generator_for", recording)
-    epoch_of(dataset, seed=7, fold=2, epoch=3, mixup=1.0, filter_augment=6.0)
+    epoch_of(dataset, seed=7, fold=2, epoch=3, mixup=1.0, filter_augment=6.0, time_stretch=0.25)
     purposes = [purpose for *_, purpose in asked]
-    assert {parts[:3] for parts in asked} == {(7, 2, 3)} and len(purposes) == len(set(purposes)) == 6
+    assert {parts[:3] for parts in asked} == {(7, 2, 3)} and len(purposes) == len(set(purposes)) == 7
 
 
 def test_a_shifted_crop_goes_on_at_the_beginning(dataset):
@@ -429,6 +429,47 @@ def test_a_shifted_crop_goes_on_at_the_beginning(dataset):
     assert set(frames.tolist()) == set(range(431)), "5 s of shift reach everywhere"
     frames = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), PARAMS, shift_frames=10)[:, 1]
     assert set(frames.tolist()) == set(range(58))
+
+
+def test_beyond_the_first_and_last_mel_a_crop_repeats_them(dataset):
+    low, high = dsets.crop(dataset.features, torch.tensor([3, 3]), torch.tensor([[-5, 7], [40, 7]]), PARAMS)[:, 0]
+    feature = dataset.features[3, 0, :, 7:391]
+    assert torch.equal(low[5:], feature[:95]) and torch.equal(low[:5], feature[:1].expand(5, -1))
+    assert torch.equal(high[:88], feature[40:]) and torch.equal(high[88:], feature[127:].expand(12, -1))
+
+
+@pytest.mark.parametrize("params, shift_mels, lowest", [
+    (PARAMS, 14, range(-14, 43)), (FeatureParams(crop_mels=128), 3, range(-3, 4)), (OTHER_PARAMS, 100, range(-63, 68))])
+def test_a_frequency_shift_goes_as_far_up_as_down(params, shift_mels, lowest):
+    mels = dsets.draw_crops(20_000, dsets.generator_for(1, 1, 1, "test"), params, shift_mels=shift_mels)[:, 0]
+    assert sorted(set(mels.tolist())) == list(lowest)
+
+
+def test_a_stretched_crop_reads_the_frame_before_each_multiple_of_its_rate(dataset):
+    corners, rates = torch.tensor([[10, 20], [10, 20], [10, 20]]), torch.tensor([0.75, 1.0, 1.5])
+    slow, same, fast = dsets.crop(dataset.features, torch.tensor([3, 3, 3]), corners, PARAMS, rates)[:, 0]
+    feature = dataset.features[3, 0, 10:110].roll(-20, dims=-1)  # (100, 431), from the crop's first frame on
+    assert torch.equal(slow[:, :8], feature[:, [0, 0, 1, 2, 3, 3, 4, 5]])
+    assert torch.equal(same, feature[:, :384])
+    assert torch.equal(fast[:, :6], feature[:, [0, 1, 3, 4, 6, 7]])
+    assert torch.equal(fast[:, 288], feature[:, 1]), "frame 432 of 431: the clip begins again"
+
+
+def test_stretches_are_as_often_faster_as_slower():
+    rates = dsets.draw_stretches(20_000, 0.25, dsets.generator_for(1, 1, 1, "test"))
+    assert rates.min() >= 0.8 and rates.max() <= 1.25 and rates.dtype == torch.float32
+    assert rates.log().mean().abs() < 0.005 and rates.min() < 0.801 and rates.max() > 1.249
+
+
+@pytest.mark.parametrize("flags", [{"time_stretch": 0.25}, {"freq_shift": 14}], ids=str)
+def test_stretch_and_shift_leave_all_other_draws_as_they_are(dataset, flags):
+    training, _ = dataset.split(1)
+    options = {"views": 5, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mixup": 1.0}
+    plain = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
+    changed = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options, **flags))
+    for one, other in zip(plain, changed, strict=True):
+        assert torch.equal(one.targets, other.targets) and torch.equal(one.lam, other.lam)
+        assert not torch.equal(one.examples, other.examples)
 
 
 def test_gain_is_what_a_louder_recording_would_be(dataset):
@@ -481,7 +522,7 @@ def test_mixup_adds_neighbors(dataset):
 def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mixup, world_size):
     training, _ = dataset.split(1)
     options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mixup": mixup, "time_shift": 5.0,
-               "gain": 6.0, "filter_augment": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
+               "time_stretch": 0.25, "freq_shift": 14, "gain": 6.0, "filter_augment": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
     whole = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
     parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, world_size=world_size, **options))
              for rank in range(world_size)]
@@ -533,7 +574,8 @@ def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):
 
 def test_batches_of_other_features_have_their_shape(other_dataset):
     training, validation = other_dataset.split(1)
-    examples, _ = epoch_of(other_dataset, time_shift=5.0, gain=6.0, filter_augment=6.0, mixup=0.3)
+    examples, _ = epoch_of(other_dataset, time_shift=5.0, time_stretch=0.25, freq_shift=14, gain=6.0, filter_augment=6.0,
+                           mixup=0.3)
     assert other_dataset[0][0].shape == (1, 64, 216) and examples.shape == (80, 1, 60, 200) and examples.isfinite().all()
     for tta_crops in (1, 9):
         examples, targets, _ = next(dsets.validation_batches(other_dataset, validation, (0.0, 1.0), batch_size=4, device=CPU,

@@ -129,14 +129,15 @@ def test_masks_have_the_widths_that_the_sliders_allow(dataset):
     assert 0 < masked.all(axis=0).sum() <= 2 * 50 and not masked.all(axis=1).any()
 
 
-def test_crops_and_time_shifts_are_those_of_training(dataset):
+def test_crops_and_shifts_are_those_of_training(dataset):
     explorer = explore.augmentation_explorer(dataset, MEAN_STD)
+    flags = {"time_shift": 5.0, "freq_shift": 20}
     corners = set()
     for seed in range(8):
-        set_values(explorer, seed=seed, lam=1, freq_mask=0, time_mask=0, time_shift=5.0)
+        set_values(explorer, seed=seed, lam=1, freq_mask=0, time_mask=0, **flags)
         pair = torch.tensor([menu.clip.value for menu in explorer.menus])
         batch = next(dsets.training_batches(dataset, pair, MEAN_STD, views=1, batch_size=2, seed=seed, fold=1, epoch=1,
-                                            device=CPU, time_shift=5.0))
+                                            device=CPU, **flags))
         own = batch.examples[batch.targets == dataset.targets[pair[0]]]
         assert np.array_equal(shown(explorer, 2), own[0, 0])
         corners.add(explorer.figure.axes[0].patches[0].get_xy())
@@ -145,7 +146,7 @@ def test_crops_and_time_shifts_are_those_of_training(dataset):
 
 @pytest.mark.parametrize("values", [
     {"seed": 1}, {"lam": 0.5}, {"crop_mels": 50}, {"crop_frames": 150}, {"freq_mask": 50}, {"time_mask": 150},
-    {"time_shift": 5.0}, {"gain": 3.0}, {"filter_augment": 10.0}], ids=str)
+    {"time_shift": 5.0}, {"time_stretch": 0.5}, {"freq_shift": 40}, {"gain": 3.0}, {"filter_augment": 10.0}], ids=str)
 def test_every_slider_changes_the_example(ds, values):
     explorer = explore.augmentation_explorer(ds, MEAN_STD)
     example, picture = shown(explorer, 2), explorer.picture.value
@@ -189,6 +190,34 @@ def test_the_smallest_crop_is_drawn_and_heard(ds):
     set_values(explorer, **smallest)
     explorer.button.click()
     assert shown(explorer, 2).shape == tuple(smallest.values()) and len(explorer.heard.value) > 1000
+
+
+def test_a_stretch_reads_more_or_less_of_the_clip(dataset):
+    explorer = make_plain(dataset, crop_frames=200, time_stretch=1.0)
+    widths = set()
+    for seed in range(20):
+        set_values(explorer, seed=seed)
+        frame = explorer.figure.axes[0].patches[0]
+        first, width = (round(value * dsets.SAMPLE_RATE / 512, 2) for value in (frame.get_x(), frame.get_width()))
+        frames = int(first + 0.5) + (torch.arange(200) * (width / 200)).long()
+        found = shown(explorer, 2) == normalized(dataset, 0)[:, frames % 431]
+        assert found.all(axis=0).mean() > 0.95, "but for what a rounded rate gives"
+        widths.add(width)
+    assert 100 <= min(widths) < 150 and 300 < max(widths) <= 400
+
+
+def test_mels_that_repeat_beyond_the_edges_are_not_heard(dataset):
+    explorer = explore.augmentation_explorer(dataset, MEAN_STD)
+    lowest = set()
+    for seed in range(20):
+        set_values(explorer, seed=seed, freq_shift=40)
+        heard, _ = explorer.to_hear
+        example = torch.from_numpy(shown(explorer, 2)) * MEAN_STD[1] + MEAN_STD[0]
+        low = round(explorer.figure.axes[0].patches[0].get_y() + 0.5)
+        inside = range(max(low, 0), min(low + 100, 128))
+        assert heard.shape == (128, 384) and torch.equal(heard[inside], example[inside.start - low:inside.stop - low])
+        lowest.add(low)
+    assert min(lowest) < 0 and max(lowest) > 28
 
 
 def test_what_lies_outside_of_the_crop_is_as_low_as_its_lowest_value(dataset):

@@ -81,6 +81,8 @@ class Config:
     class_weights: str | None = flag(None, "balanced: rare classes weigh more in the loss", choices=("balanced",))
     label_smoothing: float = flag(0.0, "part of each target spread over all classes", type=number(float, 0, 0.99), metavar="X")
     time_shift: float = flag(0.0, "shift clips by up to S seconds; the end wraps around", type=number(float, 0, 5), metavar="S")
+    time_stretch: float = flag(0.0, "play clips up to 1 + X times as fast or as slow", type=number(float, 0, 3), metavar="X")
+    freq_shift: int = flag(0, "shift crops up or down by up to N mels; edge mels repeat", type=number(int, 0, 127), metavar="N")
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
