@@ -53,17 +53,17 @@ def test_training_refuses_an_absent_device(monkeypatch, capsys):
 
 @pytest.mark.parametrize("capabilities, expected", [
     ({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")])
-def test_auto_takes_bf16_where_a_cpu_multiplies_it(monkeypatch, capabilities, expected):
+def test_auto_takes_bf16_where_a_cpu_supports_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert device.choose_precision("auto", CPU) == expected
     assert [device.choose_precision(name, CPU) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert device.choose_precision("auto", MPS) == "fp32"
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_auto_takes_bf16_where_a_gpu_multiplies_it(monkeypatch, multiplies):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies)
-    assert device.choose_precision("auto", CUDA) == ("bf16" if multiplies else "fp32")
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_takes_bf16_where_a_gpu_supports_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported)
+    assert device.choose_precision("auto", CUDA) == ("bf16" if supported else "fp32")
 
 
 SETTINGS = """

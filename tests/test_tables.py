@@ -160,7 +160,7 @@ def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
     assert table["category"].tolist() == ["dog", "cat", "dog", "rain", "rain"] and table["place"][4] == "roof"
     assert table["group"].tolist() == ["street", "street", "c.wav", "d.wav", "day/a.wav"]
     assert set(table["fold"]) == {1, 2} and table["fold"][0] == table["fold"][1]
-    assert len(notes) == 2 and "cat (1)" in notes[0] and "dealt to 2" in notes[1]
+    assert len(notes) == 2 and "cat (1)" in notes[0] and "assigned to 2" in notes[1]
 
 
 def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
@@ -238,11 +238,11 @@ def test_of_several_layouts_the_first_is_taken_and_told(own_root):
     assert layout == "ESC-50" and len(notes) == 1 and "metadata.csv" not in layout and "ESC-50 is used" in notes[0]
 
 
-def test_dealt_folds_are_stratified_whole_in_groups_and_the_same_in_any_order(tmp_path):
+def test_assigned_folds_are_stratified_whole_in_groups_and_the_same_in_any_order(tmp_path):
     rows = [f"{label}/{number}.wav,{label},{label}-{number // 2}" for label in ("rain", "dog", "cat") for number in range(20)]
     _, table, notes = tables.read_table(write_table(tmp_path / "one", "file_name,label,group", *rows))
     _, other, _ = tables.read_table(write_table(tmp_path / "other", "file_name,label,group", *reversed(rows)))
-    assert len(notes) == 1 and "dealt to 5" in notes[0] and sorted(table["fold"].unique()) == [1, 2, 3, 4, 5]
+    assert len(notes) == 1 and "assigned to 5" in notes[0] and sorted(table["fold"].unique()) == [1, 2, 3, 4, 5]
     assert (table.groupby(["fold", "category"]).size() == 4).all() and (table.groupby("group")["fold"].nunique() == 1).all()
     pd.testing.assert_frame_equal(table, other)
 

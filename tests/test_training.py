@@ -620,7 +620,7 @@ def test_a_table_of_clips_is_trained_and_predicts(tmp_path, capsys, layout):
     path.write_text("\n".join(lines) + "\n")
     run_dir = train_in(tmp_path / "run", root, "--fold", "all", "--epochs", 1)
     told = capsys.readouterr().out
-    assert f"data   {layout} " in told and "folds 1, 2, 3;" in told and "dealt" not in told
+    assert f"data   {layout} " in told and "folds 1, 2, 3;" in told and "assigned to" not in told
     table = pd.read_csv(run_dir / "predictions.csv")
     assert len(table) == (6 if layout == "UrbanSound8K" else 12) and set(table["true_class"]) == {"high", "low"}
     assert predict.main([str(run_dir), str(root / "audio" / "fold1"), "--device", "cpu", "--format", "csv"]) == 0

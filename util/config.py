@@ -49,7 +49,7 @@ class Config:
     comment: str = flag("", "a word that names the run's folder; put it first, and quote several words", nargs="?")
     data: str = flag("data/ESC-50", "ESC-50, UrbanSound8K, a folder with a table metadata.csv, or one with a folder of "
                                     "recordings for each class", metavar="DIR")
-    folds: int | None = flag(None, "deal the clips of a data folder without folds to K folds (default 5)",
+    folds: int | None = flag(None, "assign the clips of a data folder without folds to K folds (default 5)",
                              type=number(int, 2, 1000), metavar="K")
     split_long: bool = flag(False, "make clips of 5 s of the whole of longer recordings, not of their first 5 s alone")
     download: bool = flag(False, "fetch ESC-50 into --data first, if it is not complete there")
@@ -88,7 +88,7 @@ class Config:
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
     tta_crops: int = flag(1, "validate by the center crop, or the mean logits of a grid of up to 9", type=int, choices=(1, 9))
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = flag("auto", "auto takes bf16 where the hardware multiplies it", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto takes bf16 where the hardware supports it", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: a slower start, then faster steps with cnn8 (docs/performance.md)")
     run_dir: str | None = flag(None, "the run's folder; default: runs/<tb-prefix>/<time>_<comment>", metavar="DIR")
     tb_prefix: str = flag("CNN", "folder of runs for TensorBoard", metavar="NAME")

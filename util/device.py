@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16; auto is bf16 only where the hardware multiplies it (CUDA, AVX512-BF16, AMX)."""
+    """fp32 or bf16; auto is bf16 only where the hardware supports it itself (CUDA, AVX512-BF16, AMX)."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -23,7 +23,7 @@ COLUMNS = ["filename", "fold", "target", "category", "esc10"]
 OPTIONAL = ["fold", "group", "start", "end"]  # columns of a table of one's own
 URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Salamon et al., ACM MM 2014)
 MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
-DEALING_SEED = 0  # of its own: the folds of a data set do not change with --seed
+FOLDS_SEED = 0  # of its own: the folds of a data set do not change with --seed
 
 ESC50_TABLE, URBANSOUND_TABLE, OWN_TABLE = Path("meta/esc50.csv"), Path("metadata/UrbanSound8K.csv"), Path("metadata.csv")
 
@@ -32,8 +32,8 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     """The layout of a data folder, its table, and notes on what is odd about it.
 
     The table has a row a clip: file (path below root), category (class), fold, start and end (s; nan: of the recording), group
-    (clips of one group are never divided between dealt folds), and the other columns of the folder's own table.
-    folds: deal the clips to so many folds (default 5), where the folder has none; refused where it has.
+    (clips of one group are never divided between assigned folds), and the other columns of the folder's own table.
+    folds: assign the clips to so many folds (default 5), where the folder has none; refused where it has.
     Raises UserError naming the file and line if the folder cannot be used.
     """
     readers = {"ESC-50": (ESC50_TABLE, read_esc50), "UrbanSound8K": (URBANSOUND_TABLE, read_urbansound8k),
@@ -62,8 +62,8 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
             notes.append(f"{(split > 1).sum()} groups lie in several folds (as {split.idxmax()}): accuracy is optimistic, as "
                          f"clips of one source are on both sides")
     else:
-        table = deal_folds(root, table, folds or NUM_FOLDS, notes)
-        notes.append(f"there are no folds: the clips are dealt to {folds or NUM_FOLDS} (--folds)")
+        table = assign_folds(root, table, folds or NUM_FOLDS, notes)
+        notes.append(f"there are no folds: the clips are assigned to {folds or NUM_FOLDS} (--folds)")
     return layout, table.reset_index(drop=True), notes
 
 
@@ -205,14 +205,14 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     return table
 
 
-def deal_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) -> pd.DataFrame:
+def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) -> pd.DataFrame:
     """The table with a column fold, 1 to `folds`: stratified by class, groups whole, the same on every machine."""
     from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
     fold = np.zeros(len(table), int)
-    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=DEALING_SEED)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=FOLDS_SEED)
     try:
         with warnings.catch_warnings(action="ignore"):  # of small classes, which a note tells
-            for number, (_, held_out) in enumerate(dealer.split(fold, table["category"], table["group"]), start=1):
+            for number, (_, held_out) in enumerate(splitter.split(fold, table["category"], table["group"]), start=1):
                 fold[held_out] = number
     except ValueError:  # fewer clips of every class than folds
         fold[:] = 0
