@@ -146,7 +146,8 @@ def spectrogram_explorer(ds: dsets.ESC50) -> Explorer:
 def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Explorer:
     """A clip's augmented example: crop, gain, filter and masks, then mixup with a partner that has draws of its own.
 
-    seed: what draws the crops, their rates, the masks and the filters. gain and lam are set by hand, the other sliders are limits of draws.
+    seed: what draws the crops, their rates, the masks and the filters. gain and lam are set by hand, the other sliders are
+    limits of draws.
     mean_std: that of the training folds.
     """
     own, partner, params = ClipMenu(ds, 0, "class"), ClipMenu(ds, len(ds.classes) - 1, "partner"), ds.params
