@@ -128,10 +128,10 @@ def test_strong_fills_in_what_is_not_given():
     assert config.STRONG.keys() <= vars(Config()).keys() and config.STRONG.keys() >= config.STRONG_CNN4.keys()
     flags = parse_args(["--recipe", "strong", "--mixup", "0"])
     assert vars(flags) == vars(Config()) | config.STRONG | {"recipe": "strong", "mixup": 0}
-    assert (flags.optimizer, flags.lr, flags.f_max, flags.crop_frames) == ("adamw", 2e-3, 16_000, 431)
+    assert (flags.optimizer, flags.lr, flags.f_max, flags.crop_mels, flags.crop_frames) == ("adamw", 2e-3, 16_000, 128, 431)
     assert parse_args(["--recipe", "strong", "--lr", str(Config().lr)]).lr == Config().lr, "also a value that is blog's default"
     flags = parse_args(["--recipe", "strong", "--model", "cnn4"])
-    assert (flags.lr, flags.crop_frames, flags.f_max) == (5e-4, 384, 16_000)
+    assert (flags.lr, flags.crop_mels, flags.crop_frames, flags.f_max) == (5e-4, 100, 384, 16_000)
     assert parse_args(["--recipe", "strong", "--model", "cnn4", "--lr", "0.1"]).lr == 0.1
     assert parse_args(["--model", "cnn4"]).lr == 3e-4
 
