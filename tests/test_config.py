@@ -185,11 +185,11 @@ def record(monkeypatch, **changes) -> Config:
 
 
 def test_flags_of_a_run_are_those_of_its_record(monkeypatch):
-    recorded = record(monkeypatch, lr=0.5, fold=[1, 2], seed=[1], data="here", epochs=3, device="cpu", precision="fp32")
+    recorded = record(monkeypatch, lr=0.5, fold=[1, 2, "none"], seed=[1], data="here", epochs=3, device="cpu", precision="fp32")
     assert parse_args(["--resume", "run"]) == dataclasses.replace(recorded, resume="run")
     further = parse_args(["--resume", "run", "--fold", "3", "1", "--seed", "2", "--epochs", "4", "--data", "there"])
-    assert further == dataclasses.replace(recorded, resume="run", fold=[1, 2, 3], seed=[1, 2], epochs=4, data="there")
-    assert parse_args(["--resume", "run", "--fold", "all"]).fold == ["all"]
+    assert further == dataclasses.replace(recorded, resume="run", fold=[1, 2, "none", 3], seed=[1, 2], epochs=4, data="there")
+    assert parse_args(["--resume", "run", "--fold", "all"]).fold == [1, 2, "none", "all"], "what had begun is never left out"
     again = parse_args(["--rerun", "run", "--data", "there", "--precision", "bf16"])
     assert again == dataclasses.replace(recorded, rerun="run", data="there", precision="bf16")
 

@@ -197,7 +197,7 @@ def parse_args(argv: list[str]) -> Config:
         check_recorded(config, recorded)
     if config.resume:  # beside those that are there
         config.seed = recorded.seed + config.seed
-        config.fold = config.fold if "all" in config.fold else recorded.fold + config.fold
+        config.fold = recorded.fold + config.fold
     config.seed, config.fold = list(dict.fromkeys(config.seed)), list(dict.fromkeys(config.fold))  # each once, in the order given
     return config
 
