@@ -52,8 +52,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{message}; --help lists the flags")
     parser.error = refuse  # one line, without the usage
     args = parser.parse_intermixed_args(argv)  # flags may stand between the names
-    if not 0.1 <= args.hop <= 5:
-        raise UserError(f"--hop {args.hop:g}: expected seconds from 0.1 to 5; longer ones would leave gaps")
+    check_hop(args.hop)
     if args.top < 1:
         raise UserError(f"--top {args.top}: expected 1 or more")
     if not 0 <= args.threshold <= 1:
@@ -64,6 +63,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if "" in (args.model, *args.recordings) or not (args.model or args.onnx):
         raise UserError("FILE_OR_FOLDER: is missing or empty; name recordings to predict, or a file for --onnx")
     return args
+
+
+def check_hop(hop: float) -> None:
+    """Raise UserError for seconds that --hop cannot have."""
+    if not 0.1 <= hop <= 5:
+        raise UserError(f"--hop {hop:g}: expected seconds from 0.1 to 5; longer ones would leave gaps")
 
 
 if __name__ == "__main__":  # torch takes seconds to import: until then, answer --help and a wrong flag
@@ -155,8 +160,9 @@ class Predictor:
         """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU. Of a recording's name, a dictionary:
 
         file, starts and ends (W,) of its windows in s, one every `hop` s, probabilities (W, classes), their mean (classes,),
-        and notes on what is odd. Raises UserError if the recording cannot be read.
+        and notes on what is odd. Raises UserError if the recording cannot be read, or for a hop beyond 0.1 to 5 s.
         """
+        check_hop(hop)
         if isinstance(sound, torch.Tensor):
             features = self.features(sound)
             return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()

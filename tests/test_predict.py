@@ -149,6 +149,9 @@ def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tm
         torch.testing.assert_close(found["mean"], (probabilities * torch.tensor([5, 5, 4.0])[:, None]).sum(dim=0) / 14)
     with pytest.raises(UserError, match="absent.wav"):
         predictor("absent.wav")
+    for hop in (0, -1, 10, float("nan")):
+        with pytest.raises(UserError, match="--hop"):
+            predictor(tmp_path / "a.wav", hop=hop)
 
 
 def test_a_window_is_predicted_alike_alone_and_among_others(one):
