@@ -30,6 +30,7 @@ from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, count_seconds
 MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
+TTA_SHIFT_MELS = 5  # 4 and 7 did no better on folds 1 and 2 of ESC-50
 FILTER_AUGMENT_POINTS = 5  # four bands between them; FilterAugment (Nam et al., ICASSP 2022) draws 3 to 6
 
 
@@ -252,14 +253,18 @@ def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, sh
 
 
 def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tensor:
-    """The corners (crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or a grid of 9.
+    """The corners (crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or 3 or a grid of 9.
 
-    Of a grid (Krizhevsky et al., NeurIPS 2012, average such crops), only corners that differ: 3 where a crop has all
-    frames, 1 where it has all mels, too.
+    3: the center, then 5 mels lower from a third of the clip on, and 5 higher from two thirds on; see `crop` for what lies
+    beyond the edges. Of a grid (Krizhevsky et al., NeurIPS 2012, average such crops), only corners that differ: 3 where a crop
+    has all frames, 1 where it has all mels, too.
     """
     mel, frame = (params.n_mels - params.crop_mels) // 2, (params.num_frames - params.crop_frames) // 2
+    third = round(params.num_frames / 3)
     if tta_crops == 1:
         return torch.tensor([[mel, frame]])
+    if tta_crops == 3:
+        return torch.tensor([[mel, frame], [mel - TTA_SHIFT_MELS, frame + third], [mel + TTA_SHIFT_MELS, frame + 2 * third]])
     mels, frames = (torch.tensor(sorted({0, middle, 2 * middle})) for middle in (mel, frame))
     return torch.cartesian_prod(mels, frames)
 

@@ -83,6 +83,7 @@ from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
 from util import command, report, rundir, waveforms
+from util.config import TTA_CROPS
 from util.recordings import ENDINGS, find_recordings, spell_as_on_disk
 
 BATCH_WINDOWS = 16  # windows the networks see at once: memory is that of so many, whatever a recording's length
@@ -105,7 +106,7 @@ class Network(torch.nn.Module):
                 raise ValueError("classes are no names")
             self.mean, self.std = map(float, checkpoint["mean_std"])
             self.tta_crops, self.precision = checkpoint["flags"]["tta_crops"], checkpoint["precision"]
-            if not (math.isfinite(self.mean) and 0 < self.std < math.inf and self.tta_crops in (1, 9)):
+            if not (math.isfinite(self.mean) and 0 < self.std < math.inf and self.tta_crops in TTA_CROPS):
                 raise ValueError(f"mean {self.mean}, std {self.std}, {self.tta_crops} crops")
             self.network = models.build_model(checkpoint["model_name"], len(self.classes), self.params.input_shape)
             checkpoints.load_weights(self.network, checkpoint["model"], path)

@@ -353,7 +353,7 @@ def checkpoint(data):
     """A checkpoint with values changed, or its bytes: refused, or a network of finite weights; nothing in it executed."""
     content = good_checkpoint()
     if data.draw(st.booleans()):
-        content["features"], content["flags"]["tta_crops"] = data.draw(features()), data.draw(st.sampled_from([1, 9]))
+        content["features"], content["flags"]["tta_crops"] = data.draw(features()), data.draw(st.sampled_from([1, 3, 9]))
     content = packed(data.draw(edited(content, VALUES, Hostile())))
     if data.draw(st.integers(0, 3)) == 0:
         content = data.draw(mutated([content, packed([1, 2]), SOUNDS[0]], header=len(content)))

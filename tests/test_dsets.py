@@ -563,6 +563,19 @@ def test_nine_crops_are_a_grid_from_corner_to_corner(dataset):
     assert torch.equal(batch[0][17], dataset.features[1][:, 28:128, 46:430])
 
 
+def test_three_crops_start_a_third_of_the_clip_apart_and_five_mels_apart(dataset):
+    assert dsets.validation_corners(PARAMS, 3).tolist() == [[14, 23], [9, 23 + 144], [19, 23 + 288]]
+    whole = FeatureParams(crop_mels=128, crop_frames=431)
+    corners = dsets.validation_corners(whole, 3)
+    assert corners.tolist() == [[0, 0], [-5, 144], [5, 288]]
+    _, lower, higher = dsets.crop(dataset.features, torch.zeros(3, dtype=torch.int64), corners, whole)
+    first = dataset.features[0]
+    expected = torch.cat([first[:, :1].expand(1, 5, 431), first[:, :123]], dim=1)  # the lowest mel repeats
+    assert torch.equal(lower, expected.roll(-144, dims=2))  # the clip's start follows its end
+    expected = torch.cat([first[:, 5:], first[:, 127:].expand(1, 5, 431)], dim=1)
+    assert torch.equal(higher, expected.roll(-288, dims=2))
+
+
 def test_validation_is_each_clip_once_cropped_in_the_middle(dataset):
     _, validation = dataset.split(3)
     batches = list(dsets.validation_batches(dataset, validation, (2.0, 3.0), batch_size=3, device=CPU))
@@ -577,7 +590,7 @@ def test_batches_of_other_features_have_their_shape(other_dataset):
     examples, _ = epoch_of(other_dataset, time_shift=5.0, time_stretch=0.25, freq_shift=14, gain=6.0, filter_augment=6.0,
                            mixup=0.3)
     assert other_dataset[0][0].shape == (1, 64, 216) and examples.shape == (80, 1, 60, 200) and examples.isfinite().all()
-    for tta_crops in (1, 9):
+    for tta_crops in (1, 3, 9):
         examples, targets, _ = next(dsets.validation_batches(other_dataset, validation, (0.0, 1.0), batch_size=4, device=CPU,
                                                              tta_crops=tta_crops))
         assert examples.shape == (4 * tta_crops, 1, 60, 200) and len(targets) == 4

@@ -53,11 +53,12 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
 
 
 @pytest.mark.slow
-def test_the_graph_of_nine_crops(shared_root, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", 9)
+@pytest.mark.parametrize("tta_crops", [3, 9])
+def test_the_graph_of_several_crops(shared_root, tmp_path, tta_crops):
+    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", tta_crops)
     waveforms = waveforms_of(shared_root)
     predictor = predict.Network(checkpoint)
-    assert predictor.tta_crops == 9
+    assert predictor.tta_crops == tta_crops
     assert export.export_onnx(predictor, tmp_path / "a.onnx") < export.TOLERANCE  # compares the two itself
     assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - predictor(waveforms).numpy()).max() < export.TOLERANCE
 

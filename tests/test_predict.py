@@ -105,7 +105,7 @@ def accuracy_of_predictions(capsys, root: Path, run_dir: Path) -> float:
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("precision, recipe, tta_crops", [
-    ("fp32", "blog", 9), pytest.param("bf16", "blog", 1, marks=pytest.mark.slow), ("bf16", "strong", 1)])
+    ("fp32", "blog", 9), pytest.param("bf16", "blog", 1, marks=pytest.mark.slow), ("bf16", "strong", 3)])
 def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, precision, recipe, tta_crops):
     run("--data", shared_root, "--epochs", 1, "--views", 1, "--lr", "3e-5", "--precision", precision, "--recipe", recipe,
         "--ema", 0, "--tta-crops", tta_crops, "--run-dir", tmp_path / "run")

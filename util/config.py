@@ -10,6 +10,7 @@ from util import rundir
 from util.errors import UserError, check_types, reason
 
 MODELS = ("cnn8", "cnn4", "resnet18")  # the names in models.MODELS
+TTA_CROPS = (1, 3, 9)  # the numbers that dsets.validation_corners knows
 
 
 def number(kind: type, low: float, high: float):
@@ -86,7 +87,8 @@ class Config:
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
-    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of a grid of up to 9", type=int, choices=(1, 9))
+    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of 3 shifted ones or a grid of up to 9", type=int,
+                          choices=TTA_CROPS)
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto takes bf16 where the hardware supports it", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: a slower start, then faster steps with cnn8 (docs/performance.md)")
@@ -106,7 +108,7 @@ GROUPS = {"data": "data", "model": "model", "fold": "experiment", "device": "mac
 # are the first values tried.
 STRONG = {"epochs": 50, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", "lr_schedule": "cosine", "mixup": 0.3,
           "label_smoothing": 0.1, "time_shift": 5.0, "time_stretch": 0.25, "freq_shift": 14, "gain": 6.0, "filter_augment": 6.0,
-          "ema": 0.98, "f_max": 16_000.0, "crop_mels": 128, "crop_frames": 431}
+          "ema": 0.98, "f_max": 16_000.0, "crop_mels": 128, "crop_frames": 431, "tta_crops": 3}
 # tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3. Larger crop, more weights
 STRONG_CNN4 = {"lr": 5e-4, "crop_mels": 100, "crop_frames": 384}
 DEMO = {"data": "data/demo"}

@@ -43,13 +43,13 @@ class Graph(torch.nn.Module):
         super().__init__()
         self.log_mel, self.network, self.params = LogMelGraph(predictor.log_mel), predictor.network, predictor.params
         self.mean, self.std = predictor.mean, predictor.std
-        self.corners = dsets.validation_corners(self.params, predictor.tta_crops).tolist()  # the exporter takes numbers
+        self.register_buffer("corners", dsets.validation_corners(self.params, predictor.tta_crops))  # (crops, 2)
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         features = dsets.normalize(self.log_mel(waveform[:, None]), self.mean, self.std)  # (B, 220500) -> (B, 1, 128, 431)
-        logits = [self.network(features[:, :, mel:mel + self.params.crop_mels, frame:frame + self.params.crop_frames])
-                  for mel, frame in self.corners]  # (B, classes) each
-        return torch.stack(logits).mean(dim=0).softmax(dim=1)
+        rows = torch.arange(len(features))
+        logits = [self.network(dsets.crop(features, rows, corner.expand(len(rows), 2), self.params)) for corner in self.corners]
+        return torch.stack(logits).mean(dim=0).softmax(dim=1)  # (crops, B, classes) -> (B, classes)
 
 
 def export_onnx(predictor, path: Path) -> float:
