@@ -53,9 +53,9 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tta_crops", [3, 9])
-def test_the_graph_of_several_crops(shared_root, tmp_path, tta_crops):
-    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", tta_crops)
+@pytest.mark.parametrize("tta_crops, crop_mels", [(3, 128), (9, 100)])
+def test_the_graph_of_several_crops(shared_root, tmp_path, tta_crops, crop_mels):
+    checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", tta_crops, "--crop-mels", crop_mels)
     waveforms = waveforms_of(shared_root)
     predictor = predict.Network(checkpoint)
     assert predictor.tta_crops == tta_crops

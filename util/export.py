@@ -43,12 +43,15 @@ class Graph(torch.nn.Module):
         super().__init__()
         self.log_mel, self.network, self.params = LogMelGraph(predictor.log_mel), predictor.network, predictor.params
         self.mean, self.std = predictor.mean, predictor.std
-        self.register_buffer("corners", dsets.validation_corners(self.params, predictor.tta_crops))  # (crops, 2)
+        mels, frames = dsets.validation_corners(self.params, predictor.tta_crops).T[:, :, None]  # (crops, 1) each
+        mels, frames = mels + torch.arange(self.params.crop_mels), frames + torch.arange(self.params.crop_frames)
+        self.register_buffer("mels", mels.clamp(0, self.params.n_mels - 1))  # (crops, 100), as dsets.crop has them
+        self.register_buffer("frames", frames % self.params.num_frames)  # (crops, 384)
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         features = dsets.normalize(self.log_mel(waveform[:, None]), self.mean, self.std)  # (B, 220500) -> (B, 1, 128, 431)
-        rows = torch.arange(len(features))
-        logits = [self.network(dsets.crop(features, rows, corner.expand(len(rows), 2), self.params)) for corner in self.corners]
+        logits = [self.network(features.index_select(2, mels).index_select(3, frames))  # -> (B, 1, 100, 384) -> (B, classes)
+                  for mels, frames in zip(self.mels, self.frames)]
         return torch.stack(logits).mean(dim=0).softmax(dim=1)  # (crops, B, classes) -> (B, classes)
 
 
