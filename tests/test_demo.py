@@ -47,7 +47,10 @@ def test_a_sound_is_the_same_whatever_was_drawn_before():
     assert np.array_equal(first[0], second[1]) and np.array_equal(first[1], second[0])
 
 
-def test_the_demo_does_not_overwrite_another_data_set(own_root):
+@pytest.mark.parametrize("has_table", [True, False])
+def test_the_demo_does_not_enter_the_folder_of_another_data_set(own_root, has_table):
+    if not has_table:
+        (own_root / "meta" / "esc50.csv").rename(own_root / "metadata.csv")
     before = files_of(own_root)
     with pytest.raises(UserError, match="--demo") as refusal:
         demo.write_demo(own_root)

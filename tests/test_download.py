@@ -187,6 +187,41 @@ def test_download_into_the_folder_of_all_folders_is_refused(server):
     assert server.ranges == []
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "dog/a.wav", "audio.txt"])
+def test_download_into_a_folder_of_other_files_is_refused_and_changes_nothing(server, tmp_path, name):
+    root = tmp_path / "sounds"
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_bytes(b"mine")
+    refuse(root, server, str(root))
+    assert server.ranges == [] and files_of(root) == {name: b"mine"}
+
+
+def test_download_into_an_empty_folder(server, published, tmp_path):
+    root = tmp_path / "data" / "ESC-50"
+    root.mkdir(parents=True)
+    download.download(root, server.url)
+    check_complete(root, published)
+
+
+def test_a_download_that_was_killed_while_files_were_moved_goes_on(server, published, tmp_path, monkeypatch):
+    root, moved = tmp_path / "data" / "ESC-50", []
+
+    def replace(source, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(shutil.move(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(download.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            download.download(root, server.url)
+    with pytest.raises(UserError, match="wav"):  # half of it is not taken for the whole
+        dsets.ESC50(root)
+    shutil.rmtree(root / "features")
+    download.download(root, server.url)
+    check_complete(root, published)
+
+
 def test_download_below_a_file_is_refused(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     refuse(tmp_path / "file" / "ESC-50", server)

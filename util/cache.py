@@ -137,7 +137,7 @@ def compute_features(root: Path, files: dict, path: Path, compute, shape: tuple[
         finally:
             torch.set_num_threads(threads)
         if any(errors):
-            raise UserError(f"{first_ten(errors)}; fix them, take them out, or fetch ESC-50 again (--download)")
+            raise UserError(f"{first_ten(errors)}; fix them or take them out; --download fetches ESC-50's own again")
         # these first: where there are features, they are there too
         write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(of_files)))
 

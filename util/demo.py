@@ -8,7 +8,7 @@ import pandas as pd
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util.cache import in_threads
 from util.errors import UserError, write_atomically
-from util.tables import NUM_CLASSES, NUM_FOLDS
+from util.tables import ESC50_TABLE, NUM_CLASSES, NUM_FOLDS, check_free
 
 CLIPS_PER_CLASS = 10  # two a fold: 500 clips, 221 MB
 
@@ -17,7 +17,7 @@ def write_demo(root: Path) -> None:
     """Write 500 synthetic clips, once: 50 classes (10 kinds of sound in 5 registers), 5 folds.
 
     Every clip is drawn from a generator of its own, seeded by its class and number: the same on every machine.
-    Raises UserError if the folder holds another table.
+    Raises UserError if the folder holds other data.
     """
     clips = [(target, number) for number in range(CLIPS_PER_CLASS) for target in range(NUM_CLASSES)]
     rows = [{"filename": f"{number % NUM_FOLDS + 1}-{1000 + target}-{'ABCDEFGHIJ'[number]}-{target}.wav",
@@ -25,11 +25,12 @@ def write_demo(root: Path) -> None:
              "category": f"{list(KINDS)[target // 5]}_{REGISTERS[target % 5][0]}", "esc10": target < 10,
              "src_file": 1000 + target, "take": "ABCDEFGHIJ"[number]} for target, number in clips]
     text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-    path = root / "meta" / "esc50.csv"
+    path = root / ESC50_TABLE
     if path.is_file():
         if path.read_bytes() != text.encode():
             raise UserError(f"--demo: {root} holds another data set; leave out --data, or name a new folder")
         return
+    check_free(root, "--demo")
 
     def write_clip(index: int) -> None:
         clip = demo_clip(clips[index][0], np.random.default_rng(clips[index]))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from util.cache import in_threads
 from util.errors import UserError, first_ten, reason
-from util.tables import read_esc50
+from util.tables import ESC50_TABLE, check_free, read_esc50
 from util.waveforms import load_waveform
 
 ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
@@ -30,14 +30,16 @@ def download(root: Path, url: str = "") -> None:
     """Fetch the published ESC-50 archive into `root`; do nothing where the data is already complete.
 
     A broken transfer continues where it stopped, also in a later call. Everything is unpacked and checked beside the root
-    before the first file is moved into it. Raises UserError if the archive cannot be fetched or is not complete.
+    before the first file is moved into it. Raises UserError if the archive cannot be fetched or is not complete, or if the root
+    holds something else.
     """
     url, root = url or ESC50_URL, root.resolve()  # resolved: what is beside a link may be another file system
     if not root.name:
         raise UserError(f"--data {root}: cannot be the data's own folder; name one below it")
-    if (root / "meta" / "esc50.csv").is_file() and not problems(root):
+    if (root / ESC50_TABLE).is_file() and not problems(root):
         print(f"{root}: already complete, nothing to download")
         return
+    check_free(root, "--download")
     archive, unpacked = root.with_name(root.name + ".zip.part"), root.with_name(root.name + ".unpacked")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +49,9 @@ def download(root: Path, url: str = "") -> None:
             source = unpack(archive, unpacked, url)
             if found := problems(source):
                 raise UserError(f"--download: the archive from {url} is not complete: {first_ten(found)}; try again later")
-            without_table = shutil.ignore_patterns("esc50.csv")
-            shutil.copytree(source, root, copy_function=os.replace, dirs_exist_ok=True, ignore=without_table)
-            os.replace(source / "meta" / "esc50.csv", root / "meta" / "esc50.csv")  # last: it makes a data folder of it
+            (root / ESC50_TABLE).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / ESC50_TABLE, root / ESC50_TABLE)  # first: if the rest is cut off, a later call goes on
+            shutil.copytree(source, root, copy_function=os.replace, dirs_exist_ok=True)
         except UserError:
             archive.unlink()  # a further attempt must not continue from it
             raise

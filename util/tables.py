@@ -67,6 +67,14 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     return layout, table.reset_index(drop=True), notes
 
 
+def check_free(root: Path, flag: str) -> None:
+    """Raise UserError unless ESC-50's files may be written into this folder: it holds them already, or nothing else."""
+    ours = {"audio", "meta", "features"}
+    others = sorted(name for name in os.listdir(root) if name not in ours and not name.startswith(".")) if root.is_dir() else []
+    if others and not (root / ESC50_TABLE).is_file():
+        raise UserError(f"{flag}: --data {root} holds other files ({first_ten(others)}); name a new folder, or an empty one")
+
+
 def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
     """A table of text, its index the line less two. UserError if it is none, is empty, or lacks one of the columns."""
     if path.stat().st_size > MAX_TABLE_BYTES:
