@@ -131,13 +131,15 @@ def spectrogram_explorer(ds: dsets.ESC50) -> Explorer:
     place = {"left": 0.07, "right": 0.94, "bottom": 0.15, "wspace": 0.03}  # layout="constrained" would take most of the time
     axes, bar_axes = figure.subplots(1, 2, width_ratios=(60, 1), gridspec_kw=place)
     bar = figure.colorbar(ScalarMappable(cmap="magma"), bar_axes, label="dB")
+    names, families = report.drawable(ds.classes)
 
     def draw():
         chosen = {name: slider.value for name, slider in sliders.items()}
         changed = dataclasses.replace(params, **chosen, crop_mels=1, crop_frames=1)  # no crop is cut of it
         decibels = dsets.LogMel(changed)(menu.waveform)[0]  # (1, 220500) -> (128, 431)
         image = redraw_mel(axes, decibels, changed)
-        axes.set_title(f"{ds.classes[ds.targets[menu.clip.value]]} {tuple(decibels.shape)}", parse_math=False)
+        title = f"{names[ds.targets[menu.clip.value]]} {tuple(decibels.shape)}"
+        axes.set_title(title, family=families, parse_math=False)  # a $ is a $
         bar.update_normal(image)
         return decibels, changed
     return Explorer([menu], sliders, figure, draw)
@@ -166,6 +168,7 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         "filter_augment (dB)": widgets.FloatSlider(0, min=0, max=20)}
     figure = Figure(figsize=(13, 3.2), dpi=80)
     panels = figure.subplots(1, 3, gridspec_kw={"left": 0.06, "right": 0.98, "bottom": 0.16, "wspace": 0.2})
+    names, families = report.drawable(ds.classes)
 
     def draw():
         (seed, lam, mels, frames, freq_mask, time_mask, time_shift, time_stretch, freq_shift, gain,
@@ -187,7 +190,7 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
             for start in (first, first - params.num_frames):  # what wraps around has the second frame
                 axes.add_patch(Rectangle(((start - 0.5) * seconds, low - 0.5), frames * rate * seconds, mels, fill=False,
                                          color="white", linewidth=2))
-            axes.set_title(ds.classes[ds.targets[menu.clip.value]], parse_math=False)
+            axes.set_title(names[ds.targets[menu.clip.value]], family=families, parse_math=False)
         panels[1].set(ylabel="", yticks=[])  # the first panel's: text takes most of the time
         low, first = corners[0].tolist()
         redraw_mel(panels[2], example, changed, low, first, vmin=-3, vmax=3)
