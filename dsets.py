@@ -205,8 +205,10 @@ class ESC50(torch.utils.data.Dataset):
         training, validation = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
         if len(validation) == 0 or len(training) == 0:
             purpose = "validate" if len(training) else "train"
-            raise UserError(f"--fold {fold}: leaves no clip of {self.root} to {purpose} on; expected all, or some of its folds, "
-                            f"{' '.join(map(str, self.folds))}")
+            expected = f"all, or some of its folds, {' '.join(map(str, self.folds))}"
+            if len(self.folds) == 1:
+                expected = f"two folds at least in its table (it has {self.folds[0]} alone), or --fold none"
+            raise UserError(f"--fold {fold}: leaves no clip of {self.root} to {purpose} on; expected {expected}")
         return training, validation
 
     @functools.cached_property

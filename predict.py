@@ -161,10 +161,14 @@ class Predictor:
         """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU. Of a recording's name, a dictionary:
 
         file, starts and ends (W,) of its windows in s, one every `hop` s, probabilities (W, classes), their mean (classes,),
-        and notes on what is odd. Raises UserError if the recording cannot be read, or for a hop beyond 0.1 to 5 s.
+        and notes on what is odd. Raises UserError if the recording cannot be read, for a hop beyond 0.1 to 5 s, and for a tensor
+        of another shape.
         """
         check_hop(hop)
         if isinstance(sound, torch.Tensor):
+            if sound.ndim != 3 or sound.shape[1:] != (1, CLIP_SAMPLES):
+                raise UserError(f"Predictor: found waveforms {tuple(sound.shape)}, expected (B, 1, {CLIP_SAMPLES}), as "
+                                f"dsets.load_waveform(file)[None] gives one")
             features = self.features(sound)
             return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()
         *windows, mean = predict(self, str(sound), round(hop * SAMPLE_RATE), top=1)
@@ -173,10 +177,11 @@ class Predictor:
                 "probabilities": torch.stack([row["probabilities"] for row in windows])}
 
 
-def is_model(name: str) -> bool:
-    """Whether this is the name of a checkpoint (it ends in .pt), or of a folder with a run.json or a last.pt in or below it."""
+def is_model(name: str, below: bool = False) -> bool:
+    """Whether this is the name of a checkpoint (it ends in .pt), or of a folder with a run.json or a last.pt in (or below) it."""
     path = spell_as_on_disk(name)
     folders = os.walk(path) if os.path.isdir(path) else ()  # os.walk raises for names that no file can have
+    folders = folders if below else itertools.islice(folders, 1)
     return name.endswith(".pt") or any("run.json" in files or "last.pt" in files for _, _, files in folders)
 
 
@@ -188,7 +193,7 @@ def choose_model(names: list[str]) -> tuple[str | Path, list[str]]:
     for name in names[1:]:
         if is_model(name):
             raise UserError(f"{name}: is a run or a checkpoint; name one, and before the recordings")
-    if names and is_model(names[0]):
+    if names and is_model(names[0], below=True):
         return names[0], names[1:]
     is_recording = not names or names[0] == "-" or Path(names[0]).suffix.lower() in ENDINGS
     if not is_recording and not os.path.exists(spell_as_on_disk(names[0])):

@@ -209,6 +209,19 @@ def test_pretrained_weights_give_what_three_equal_channels_give(published, tmp_p
         torch.testing.assert_close(model(gray), published(gray.expand(2, 3, 100, 384)), atol=1e-4, rtol=1e-4)
 
 
+def test_a_last_layer_of_any_kind_stays_new(tmp_path):
+    class Convolutions(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.conv1, self.head = torch.nn.Conv2d(1, 2, 3), torch.nn.Conv2d(2, classes, 1)
+
+    torch.save({"conv1.weight": torch.ones(2, 3, 3, 3), "conv1.bias": torch.ones(2)}, tmp_path / "weights.pth")
+    model = Convolutions(5)
+    before = model.head.weight.clone()
+    checkpoints.load_pretrained(model, str(tmp_path / "weights.pth"), FEATURES)
+    assert (model.conv1.weight == 3).all() and torch.equal(model.head.weight, before)
+
+
 @pytest.mark.slow
 def test_pretrained_imagenet_comes_through_torch_hub(published, tmp_path, monkeypatch):
     torch.save(published.state_dict(), tmp_path / "weights.pth")

@@ -24,7 +24,7 @@ import dsets
 import models
 import predict
 from conftest import PROJECT, Tiny, run
-from dsets import SAMPLE_RATE
+from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import report, waveforms
 from util.errors import UserError
 
@@ -152,6 +152,9 @@ def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tm
     for hop in (0, -1, 10, float("nan")):
         with pytest.raises(UserError, match="--hop"):
             predictor(tmp_path / "a.wav", hop=hop)
+    for shape in ((CLIP_SAMPLES,), (1, CLIP_SAMPLES), (2, 2, CLIP_SAMPLES), (1, 1, 44_100)):
+        with pytest.raises(UserError, match="Predictor"):
+            predictor(torch.zeros(shape))
 
 
 def test_a_window_is_predicted_alike_alone_and_among_others(one):
@@ -591,6 +594,13 @@ def test_models_that_cannot_predict_are_refused(run_dir, one, wav, tmp_path, cap
     refuse(capsys, one, tmp_path, words=f"{tmp_path}: holds no recordings")
     refuse(capsys, one, words="FILE_OR_FOLDER")
     refuse(capsys, words="FILE_OR_FOLDER")
+
+
+def test_a_folder_of_recordings_may_hold_a_run(one, wav, tmp_path, capsys):
+    shutil.copytree(one, tmp_path / "sounds" / "runs" / "one")
+    shutil.copy(wav, tmp_path / "sounds" / "a.wav")
+    found, = call_json(capsys, one, tmp_path / "sounds")
+    assert found["file"] == str(tmp_path / "sounds" / "a.wav")
 
 
 def test_without_a_run_the_weights_that_come_with_the_program_predict(one, wav, tmp_path, capsys, monkeypatch):

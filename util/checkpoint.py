@@ -77,7 +77,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
     A stem of three input channels is summed to one: a gray picture, given as three equal channels, gives the same.
     Raises UserError if the weights cannot be fetched, read, or do not fit.
     """
-    head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1] + "."
+    head = list(model.state_dict())[-1].rpartition(".")[0] + "."  # the last layer's name
     expected, checkpoint = "a checkpoint of this program, or torchvision's resnet18 state dict", None
     try:
         if source == "imagenet":
@@ -97,7 +97,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
     if checkpoint:
         then, now = mel_params(checkpoint["features"]), mel_params(features)
-        check_same(f"--pretrained {source}: has other features; train with the same", then, now)
+        check_same(f"--pretrained {source}: has other features; train with the same --f-max", then, now)
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
     missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:

@@ -227,7 +227,7 @@ def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) 
     groups = table.groupby("category")["group"].nunique()
     if set(fold) != set(range(1, folds + 1)):
         raise UserError(f"--folds {folds}: {root} has at most {groups.max()} recordings or groups of a class, expected one for "
-                        f"each fold; choose fewer folds, or add recordings")
+                        f"each fold; {'choose fewer folds, or ' * bool(groups.max() > 1)}add recordings")
     if (groups < folds).any():
         few = [f"{name} ({count})" for name, count in groups[groups < folds].items()]
         notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them: {first_ten(few)}")
