@@ -235,7 +235,7 @@ class ESC50(torch.utils.data.Dataset):
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
 
-def generator_for(seed: int, fold: int, epoch: int, purpose: str) -> torch.Generator:
+def generator_for(seed: int, fold: int | str, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator for one purpose of one epoch: the same draws whatever else was drawn before."""
     digest = hashlib.sha256(f"{seed} {fold} {epoch} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -365,7 +365,7 @@ class Batch(NamedTuple):
 
 
 def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[float, float], *, views: int, batch_size: int,
-                     seed: int, fold: int, epoch: int, device: torch.device, freq_mask: int = Config.freq_mask,
+                     seed: int, fold: int | str, epoch: int, device: torch.device, freq_mask: int = Config.freq_mask,
                      time_mask: int = Config.time_mask, time_shift: float = 0.0, time_stretch: float = 0.0,
                      freq_shift: int = 0, gain: float = 0.0, filter_augment: float = 0.0, mixup: float = 0.0, rank: int = 0,
                      world_size: int = 1):

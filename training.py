@@ -189,7 +189,8 @@ def feature_params(config: Config) -> dsets.FeatureParams:
     return dsets.FeatureParams(f_max=config.f_max, crop_mels=config.crop_mels, crop_frames=config.crop_frames)
 
 
-def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int, device: torch.device) -> None:
+def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int | str,
+          device: torch.device) -> None:
     """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch; rank 0 writes.
 
     Raises UserError if the loss stops being finite.
@@ -290,7 +291,7 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     return len(targets) / ((counts > 0).sum() * counts.clamp(min=1))  # -> (classes,) float32
 
 
-def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int) -> torch.nn.Module:
+def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int | str) -> torch.nn.Module:
     """The model with the weights that (seed, fold) give, or pretrained ones below a last layer that they give."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(dsets.generator_for(seed, fold, 0, "weights").initial_seed())
