@@ -23,6 +23,8 @@ def test_the_demo_is_an_esc50_folder(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     demo.write_demo(root)  # once
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    (root / "audio" / table["filename"][3]).unlink()
+    demo.write_demo(root)  # restores it
     demo.write_demo(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(root)
 
@@ -55,6 +57,14 @@ def test_the_demo_does_not_enter_the_folder_of_another_data_set(own_root, has_ta
     with pytest.raises(UserError, match="--demo") as refusal:
         demo.write_demo(own_root)
     assert str(own_root) in str(refusal.value) and files_of(own_root) == before
+
+
+def test_the_demo_does_not_enter_somebodys_audio_folder(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "song.wav").write_bytes(b"mine")
+    with pytest.raises(UserError, match="--demo.*song.wav"):
+        demo.write_demo(tmp_path)
+    assert files_of(tmp_path) == {"audio/song.wav": b"mine"}
 
 
 def test_a_demo_that_cannot_be_written_is_refused(tmp_path, capsys):

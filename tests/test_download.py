@@ -187,13 +187,36 @@ def test_download_into_the_folder_of_all_folders_is_refused(server):
     assert server.ranges == []
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "dog/a.wav", "audio.txt"])
+@pytest.mark.parametrize("name", ["metadata.csv", "dog/a.wav", "audio.txt", "audio/mine.wav"])
 def test_download_into_a_folder_of_other_files_is_refused_and_changes_nothing(server, tmp_path, name):
     root = tmp_path / "sounds"
     (root / name).parent.mkdir(parents=True)
     (root / name).write_bytes(b"mine")
     refuse(root, server, str(root))
     assert server.ranges == [] and files_of(root) == {name: b"mine"}
+
+
+@pytest.mark.parametrize("name, requests", [("mine.wav", 0), ("5-9-A-0.wav", 1)])  # of another kind; of no clip of ESC-50
+def test_download_replaces_no_other_data_set_of_esc50s_layout(server, published, tmp_path, name, requests):
+    root = tmp_path / "ESC-50"
+    shutil.copytree(published, root, ignore=shutil.ignore_patterns("features"))
+    clip = sorted((root / "audio").iterdir())[0]
+    (root / "meta" / "esc50.csv").write_text((root / "meta" / "esc50.csv").read_text().replace(clip.name, name))
+    clip.unlink()  # so it is not complete
+    before = files_of(root)
+    with pytest.raises(UserError, match=f"{root}.*{name}"):
+        download.download(root, server.url)
+    assert len(server.ranges) == requests and files_of(root) == before
+
+
+def test_download_replaces_no_file_but_clips_and_the_table(server, published, tmp_path):
+    root = tmp_path / "ESC-50"
+    shutil.copytree(published, root, ignore=shutil.ignore_patterns("features"))
+    sorted((root / "audio").iterdir())[0].unlink()
+    for name in ("README.md", "thesis.txt"):
+        (root / name).write_bytes(b"mine")
+    download.download(root, server.url)
+    assert files_of(root) == files_of(published) | {"README.md": b"mine", "thesis.txt": b"mine"}
 
 
 def test_download_into_an_empty_folder(server, published, tmp_path):

@@ -25,17 +25,16 @@ def write_demo(root: Path) -> None:
              "category": f"{list(KINDS)[target // 5]}_{REGISTERS[target % 5][0]}", "esc10": target < 10,
              "src_file": 1000 + target, "take": "ABCDEFGHIJ"[number]} for target, number in clips]
     text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-    path = root / ESC50_TABLE
-    if path.is_file():
-        if path.read_bytes() != text.encode():
-            raise UserError(f"--demo: {root} holds another data set; leave out --data, or name a new folder")
+    path, names = root / ESC50_TABLE, [row["filename"] for row in rows]
+    if path.is_file() and path.read_bytes() != text.encode():
+        raise UserError(f"--demo: {root} holds another data set; leave out --data, or name a new folder")
+    if path.is_file() and all((root / "audio" / name).exists() for name in names):
         return
-    check_free(root, "--demo")
+    check_free(root, "--demo", set(names))
 
     def write_clip(index: int) -> None:
         clip = demo_clip(clips[index][0], np.random.default_rng(clips[index]))
-        write_atomically(root / "audio" / rows[index]["filename"],
-                         lambda part: write_wav(part, clip))
+        write_atomically(root / "audio" / names[index], lambda part: write_wav(part, clip))
 
     for folder in ("audio", "meta"):
         (root / folder).mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,10 @@ def download(root: Path, url: str = "") -> None:
             source = unpack(archive, unpacked, url)
             if found := problems(source):
                 raise UserError(f"--download: the archive from {url} is not complete: {first_ten(found)}; try again later")
+            check_free(root, "--download", set(read_esc50(source)["filename"]))
             (root / ESC50_TABLE).parent.mkdir(parents=True, exist_ok=True)
             os.replace(source / ESC50_TABLE, root / ESC50_TABLE)  # first: if the rest is cut off, a later call goes on
-            shutil.copytree(source, root, copy_function=os.replace, dirs_exist_ok=True)
+            shutil.copytree(source, root, copy_function=move, dirs_exist_ok=True)
         except UserError:
             archive.unlink()  # a further attempt must not continue from it
             raise
@@ -96,6 +97,12 @@ def fetch(url: str, path: Path) -> None:
         if failures == ATTEMPTS:
             raise UserError(f"--download: {url}: {problem}; check the connection and run the command again: it continues there")
         time.sleep(PAUSE)
+
+
+def move(source: str, target: str) -> None:
+    """Move a file of the archive; what is there already stays, but for a clip, which may be damaged."""
+    if Path(target).parent.name == "audio" or not os.path.lexists(target):
+        os.replace(source, target)
 
 
 def unpack(archive: Path, folder: Path, url: str) -> Path:

@@ -5,7 +5,9 @@
     a table        metadata.csv with file_name and label; perhaps fold, group, start and end (s)
     folders        a folder of recordings for each class
 """
+import contextlib
 import os
+import re
 import reprlib
 import warnings
 from pathlib import Path
@@ -67,12 +69,23 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     return layout, table.reset_index(drop=True), notes
 
 
-def check_free(root: Path, flag: str) -> None:
-    """Raise UserError unless ESC-50's files may be written into this folder: it holds them already, or nothing else."""
-    ours = {"audio", "meta", "features"}
-    others = sorted(name for name in os.listdir(root) if name not in ours and not name.startswith(".")) if root.is_dir() else []
-    if others and not (root / ESC50_TABLE).is_file():
-        raise UserError(f"{flag}: --data {root} holds other files ({first_ten(others)}); name a new folder, or an empty one")
+def check_free(root: Path, flag: str, clips: set[str] | None = None) -> None:
+    """Raise UserError unless clips may be written into this ESC-50 folder: it is empty, or has no others than these.
+
+    clips: the names of their files; None: all that look like ESC-50's (1-100032-A-0.wav).
+    """
+    def listed(folder: Path) -> list[str]:
+        return sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
+
+    others, names = [], listed(root / "audio")
+    if (root / ESC50_TABLE).is_file():
+        with contextlib.suppress(UserError):  # a damaged table is replaced
+            names += list(read_esc50(root)["filename"])
+    else:
+        others = [name for name in listed(root) if name not in ("audio", "meta", "features")]
+    others += [name for name in names if not (name in clips if clips else re.fullmatch(r"[1-5]-\d+-[A-Z]-\d+\.wav", name))]
+    if others:
+        raise UserError(f"{flag}: --data {root} holds other files ({'; '.join(others[:3])}); name a new folder, or an empty one")
 
 
 def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
@@ -230,5 +243,6 @@ def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) 
                         f"each fold; {'choose fewer folds, or ' * bool(groups.max() > 1)}add recordings")
     if (groups < folds).any():
         few = [f"{name} ({count})" for name, count in groups[groups < folds].items()]
-        notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them: {first_ten(few)}")
+        notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them (a class with one "
+                     f"is never learned where it is validated): {first_ten(few)}")
     return table.assign(fold=fold)
