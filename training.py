@@ -392,7 +392,8 @@ def run(argv: list[str], progress: dict) -> None:
                     report.write_summary(run_dir, config.epochs)  # the pictures of all load every checkpoint: once, at the end
     if dist.rank() > 0:
         return
-    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in dataset.folds}
+    folds = dataset.folds if len(dataset.folds) > 1 else []  # of one alone nothing was validated
+    targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in folds}
     summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
     if "none" in config.fold:
         print(f"\nfold none validates nothing; predict with: python predict.py {shlex.quote(str(run_dir))} RECORDING")

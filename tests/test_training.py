@@ -27,7 +27,7 @@ import dsets
 import models
 import predict
 import training
-from conftest import CPU, error_line, last_checkpoint, PROJECT, refused, results_of, run, Tiny, train_in
+from conftest import CPU, error_line, last_checkpoint, PROJECT, refused, results_of, run, Tiny, train_in, write_root
 from util import checkpoint as checkpoints
 from util import demo, download, report, rundir
 from util import device as machine
@@ -548,22 +548,28 @@ def write_tone(path: Path, hertz: float, seconds: float, rate: int = 16_000) -> 
 def test_a_folder_of_class_folders_is_trained_and_told_about(tmp_path, capsys):
     root = tmp_path / "sounds"
     for number in range(3):
-        write_tone(root / "high" / f"{number}.wav", 3000, 12.5 if number == 0 else 5)
+        write_tone(root / "None" / f"{number}.wav", 3000, 12.5 if number == 0 else 5)
         write_tone(root / "低い" / f"{number}.flac", 300, 2)
     flags = ["--folds", 3, "--fold", "all"]
     run_dir = train_in(tmp_path / "run", root, *flags)
     told = capsys.readouterr().out
     assert "folders " in told and "6 clips, 2 classes, folds 1, 2, 3" in told
-    assert "1 recording is longer than 5 s: high/0.wav" in told
+    assert "1 recording is longer than 5 s: None/0.wav" in told
     assert json.loads((run_dir / "summary.json").read_text())["mean"]["accuracy"] >= 0
-    assert set(pd.read_csv(run_dir / "predictions.csv")["true_class"]) == {"high", "低い"}
+    assert set(pd.read_csv(run_dir / "predictions.csv", keep_default_na=False)["true_class"]) == {"None", "低い"}
 
     train_in(tmp_path / "split", root, "--split-long", *flags)
     told = capsys.readouterr().out
-    assert "8 clips, 2 classes" in told and "longer than 5 s" not in told and "3 clips of 低い to 5 of high" in told
+    assert "8 clips, 2 classes" in told and "longer than 5 s" not in told and "3 clips of 低い to 5 of None" in told
     table = pd.read_csv(tmp_path / "split" / "predictions.csv")
-    assert sorted(table[table["file"] == "high/0.wav"]["start"]) == [0, 5, 10]
-    assert table[table["file"] == "high/0.wav"]["fold"].nunique() == 1
+    assert sorted(table[table["file"] == "None/0.wav"]["start"]) == [0, 5, 10]
+    assert table[table["file"] == "None/0.wav"]["fold"].nunique() == 1
+
+
+def test_fold_none_trains_on_a_table_with_one_fold(tmp_path, capsys):
+    root = write_root(tmp_path / "root", num_classes=2, folds=1)
+    run_dir = train_in(tmp_path / "run", root, "--fold", "none")
+    assert f"predict.py {run_dir}" in capsys.readouterr().out and (run_dir / "seed-42" / "fold-none" / "last.pt").exists()
 
 
 def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pristine_root, tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor] |
             write_pictures(run_dir, [row for folder in folders for row in rundir.read_metrics(folder)], *results)
             write_report(run_dir, *results)
         if folders and all((folder / "predictions.csv").exists() for folder in folders):
-            table = pd.concat([pd.read_csv(folder / "predictions.csv", dtype=str) for folder in folders])
+            table = pd.concat([pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False) for folder in folders])
             write_atomically(run_dir / "predictions.csv", lambda part: table.to_csv(part, index=False))
     return summary
 
