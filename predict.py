@@ -166,10 +166,10 @@ class Predictor:
         """
         check_hop(hop)
         if isinstance(sound, torch.Tensor):
-            if sound.ndim != 3 or sound.shape[1:] != (1, CLIP_SAMPLES):
-                raise UserError(f"Predictor: found waveforms {tuple(sound.shape)}, expected (B, 1, {CLIP_SAMPLES}), as "
-                                f"dsets.load_waveform(file)[None] gives one")
-            features = self.features(sound)
+            if sound.ndim != 3 or len(sound) == 0 or sound.shape[1:] != (1, CLIP_SAMPLES) or not sound.is_floating_point():
+                raise UserError(f"Predictor: found waveforms {tuple(sound.shape)} of {sound.dtype}, expected floats of (B, 1, "
+                                f"{CLIP_SAMPLES}), as dsets.load_waveform(file)[None] gives")
+            features = self.features(sound.float())
             return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()
         *windows, mean = predict(self, str(sound), round(hop * SAMPLE_RATE), top=1)
         starts, ends = (torch.tensor([row[name] for row in windows]) for name in ("start_s", "end_s"))
@@ -328,7 +328,8 @@ def interrupt_ends_input(interrupts: list):
 def run(args: argparse.Namespace) -> int:
     model, recordings = choose_model([args.model, *args.recordings] if args.model else [])
     if not (recordings or args.onnx):
-        raise UserError(f"FILE_OR_FOLDER: is missing; name recordings after {model}, or a file for --onnx")
+        raise UserError(f"FILE_OR_FOLDER: is missing; {model} is a checkpoint, or holds a run: name recordings after it, or a "
+                        f"file for --onnx")
     predictor = Predictor(model, args.device)
     if args.onnx:
         if len(predictor.networks) > 1:

@@ -87,7 +87,7 @@ class Config:
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
-    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of 3 shifted ones or a grid of up to 9", type=int,
+    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of 3 shifted ones, or of a grid of up to 9", type=int,
                           choices=TTA_CROPS)
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto takes bf16 where the hardware supports it", choices=("auto", "fp32", "bf16"))
