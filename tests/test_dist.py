@@ -22,7 +22,7 @@ from util import dist
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
-FLAGS = ["--device", "cpu", "--precision", "fp32", "--recipe", "strong", "--tta-crops", 9, "--views", 3,
+FLAGS = ["--device", "cpu", "--precision", "fp32", "--recipe", "strong", "--tta-crops", 3, "--views", 3,
          "--batch-size", 4, "--epochs", 3]
 
 
@@ -73,7 +73,7 @@ def agree(root: str, path: str) -> None:
     batches = dsets.training_batches(dataset, torch.arange(9), (-40.0, 20.0), views=1, batch_size=4, seed=1, fold=1, epoch=1,
                                      mixup=1.0, **ranks)
     trained = training.train_one_epoch(model, Keep(raw_model.parameters()), batches, [0.1] * 3, "fp32", label_smoothing=0.1)
-    batches = dsets.validation_batches(dataset, torch.arange(9), (-40.0, 20.0), batch_size=2, tta_crops=9, **ranks)
+    batches = dsets.validation_batches(dataset, torch.arange(9), (-40.0, 20.0), batch_size=2, tta_crops=3, **ranks)
     evaluated = training.evaluate(model, batches, "fp32")
     if dist.rank() == 0:
         torch.save([gradients, trained, evaluated], path)
@@ -124,7 +124,7 @@ def check_evaluation(root: Path, path: Path) -> None:
     dataset, model = dsets.ESC50(root, params=params), Tiny(3, params.input_shape)
     model.load_state_dict(checkpoint["model"])
     batches = dsets.validation_batches(dataset, dataset.split(1)[1], checkpoint["mean_std"], batch_size=4, device=CPU,
-                                       tta_crops=9)
+                                       tta_crops=3)
     losses, predictions, *_ = training.evaluate(model, batches, "fp32")
     assert torch.equal(predictions, checkpoint["predictions"])
     assert losses.double().mean().item() == pytest.approx(checkpoint["history"][-1]["loss"], rel=1e-6)
