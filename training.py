@@ -189,8 +189,7 @@ def feature_params(config: Config) -> dsets.FeatureParams:
     return dsets.FeatureParams(f_max=config.f_max, crop_mels=config.crop_mels, crop_frames=config.crop_frames)
 
 
-def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int | str,
-          device: torch.device) -> None:
+def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: int | str, device: torch.device) -> None:
     """Train one seed and fold in `folder`, from its last checkpoint if there is one, to the last epoch; rank 0 writes.
 
     Raises UserError if the loss stops being finite.
