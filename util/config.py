@@ -55,7 +55,7 @@ class Config:
     split_long: bool = flag(False, "make clips of 5 s of the whole of longer recordings, not of their first 5 s alone")
     download: bool = flag(False, "fetch ESC-50 into --data first, if it is not complete there")
     demo: bool = flag(False, "train on synthetic sounds, written once to data/demo; without --recipe, with defaults for a short "
-                             "run: --epochs 14 --views 2 --batch-size 16 --lr 1e-3")
+                             "run: --epochs 14 --views 2 --batch-size 16 --lr 2e-3 --lr-schedule cosine")
     esc10: bool = flag(False, "only the ten classes of ESC-10")
     model: str = flag("cnn8", "the network", choices=MODELS)
     pretrained: str | None = flag(None, "start from a checkpoint of this program, but for the last layer; resnet18 also from "
@@ -87,8 +87,8 @@ class Config:
     gain: float = flag(0.0, "make examples louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     filter_augment: float = flag(0.0, "some frequencies louder or softer by up to DB", type=number(float, 0, 40), metavar="DB")
     ema: float = flag(0.0, "evaluate and save averaged weights; 0: off", type=number(float, 0, 0.9999), metavar="DECAY")
-    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of 3 shifted ones, or of a grid of up to 9", type=int,
-                          choices=TTA_CROPS)
+    tta_crops: int = flag(1, "validate by the center crop, or the mean logits of 3 shifted ones, or of a grid of up to 9",
+                          type=int, choices=TTA_CROPS)
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto takes bf16 where the hardware supports it", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: a slower start, then faster steps with cnn8 (docs/performance.md)")
@@ -112,7 +112,7 @@ STRONG = {"epochs": 50, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", 
 # tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3. Larger crop, more weights
 STRONG_CNN4 = {"lr": 5e-4, "crop_mels": 100, "crop_frames": 384}
 DEMO = {"data": "data/demo"}
-DEMO_RECIPE = {"epochs": 14, "views": 2, "batch_size": 16, "lr": 1e-3}  # within 3 minutes on 2 cores
+DEMO_RECIPE = {"epochs": 14, "views": 2, "batch_size": 16, "lr": 2e-3, "lr_schedule": "cosine"}  # within 3 minutes on 2 cores
 
 LOCATION_FLAGS = {"comment", "data", "download", "run_dir", "tb_prefix", "resume", "rerun"}  # these change no figure
 MAY_CHANGE = {"--resume": {"resume", "data", "download", "epochs", "seed", "fold"},
