@@ -84,6 +84,20 @@ def test_lossless_samples_are_libsndfiles_to_the_bit(tmp_path, form, subtypes):
             assert np.array_equal(samples, expected) and notes == [], (subtype, channels)
 
 
+@pytest.mark.parametrize("form, codec, layout", [("ipod", "alac", "7.1(wide)"), ("wv", "wavpack", "hexadecagonal")])
+def test_many_channels_in_planes_of_their_own_are_decoded(tmp_path, form, codec, layout):
+    expected = np.int16(np.linspace(-20_000, 20_000, av.AudioLayout(layout).nb_channels * 9600)).reshape(9600, -1)
+    with av.open(tmp_path / "a", "w", format=form) as container:
+        stream = container.add_stream(codec, rate=48_000, layout=layout)
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(expected.reshape(1, -1), "s16", layout)
+        frame.sample_rate = 48_000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    samples, notes = decode(tmp_path / "a")
+    assert notes == [] and samples.shape == expected.shape
+    assert np.abs(samples - expected / 32_768).max() <= (0 if codec == "alac" else 512 / 32_768)  # this encoder rounds
+
+
 @needs_ffmpeg
 @pytest.mark.parametrize("name, options, tolerance", [
     ("a.mp3", ["-q:a", "9"], 2e-3), ("a.mp3", ["-b:a", "128k"], 2e-3), ("a.m4a", [], 1e-5), ("a.3gp", ["-c:a", "aac"], 1e-5),

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import av
+from av.audio.plane import AudioPlane
 import numpy as np
 
 from util.errors import UserError, check_regular_file
@@ -220,7 +221,7 @@ class Recording:
         self.is_broken = True
 
     def blocks(self):
-        """The recording in blocks (frames, channels) float32, most of a quarter of a second to a second."""
+        """The recording in blocks (frames, channels) float32, of BLOCK_SECONDS and what one packet more holds."""
         promised, seconds, damaged, failures, end = self.promised_seconds(), 0.0, 0.0, 0, None
         has_clock = self.container and self.container.format.name.split(",")[0] in CLOCKED
         parts, count, kind = [], 0, None  # the block that grows: its frames' arrays, its length, what they are of
@@ -291,11 +292,11 @@ def pcm_decoder(format_chunk: bytes) -> av.AudioCodecContext | None:
 
 def frame_samples(frame: av.AudioFrame) -> np.ndarray:
     """The samples (frames, channels) of one of FFmpeg's frames, as they are."""
-    channels, planes = frame.layout.nb_channels, frame.planes
-    dtype = SAMPLES[frame.format.name.rstrip("p")][0]
-    if len(planes) > 1:  # a plane for each channel
+    channels, dtype = frame.layout.nb_channels, SAMPLES[frame.format.name.rstrip("p")][0]
+    if frame.format.is_planar:  # a plane for each channel; frame.planes would read on behind the eighth
+        planes = [AudioPlane(frame, index) for index in range(channels)]
         return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes], axis=1)
-    return np.frombuffer(planes[0], dtype, frame.samples * channels).reshape(-1, channels)
+    return np.frombuffer(AudioPlane(frame, 0), dtype, frame.samples * channels).reshape(-1, channels)
 
 
 def to_float(parts: list[np.ndarray], format_name: str) -> np.ndarray:
