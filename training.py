@@ -29,7 +29,6 @@ if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong fl
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dsets
@@ -203,7 +202,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     resume_from = folder / "last.pt" if (folder / "last.pt").exists() else None
     raw_model = start_model(config.model, None if resume_from else config.pretrained, dataset, seed, fold)
     raw_model = raw_model.to(device, memory_format=torch.channels_last)
-    model = DistributedDataParallel(raw_model, broadcast_buffers=False) if dist.world_size() > 1 else raw_model
+    model = dist.parallel(raw_model) if dist.world_size() > 1 else raw_model
     model = machine.compile_model(model) if config.compile else model
     optimizer = build_optimizer(raw_model, config, device)
     recorder = machine.Recorder(device.type == "cuda" and dist.world_size() == 1)
@@ -334,7 +333,8 @@ def first_examples(dataset: dsets.ESC50, training: torch.Tensor, mean_std: tuple
     """A figure of the first examples of the first epoch (with mixup: of other partners, as the batch is smaller)."""
     batch = next(dsets.training_batches(dataset, training, mean_std, batch_size=min(8, batch_size), epoch=1,
                                         device=torch.device("cpu"), **options))
-    return report.examples_figure(batch.examples.numpy(), [dataset.classes[target] for target in batch.targets])
+    names, _ = report.drawable(dataset.classes)
+    return report.examples_figure(batch.examples.numpy(), [names[target] for target in batch.targets])
 
 
 # --- all trainings ----------------------------------------------------------------------------------------------------

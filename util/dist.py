@@ -5,11 +5,13 @@ torch.distributed calls a process a rank: rank 0 writes the run's folder, all of
 import contextlib
 import os
 import sys
+import warnings
 from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
 
@@ -60,6 +62,16 @@ def main_process_first():
     yield
     if rank() == 0:
         barrier()
+
+
+def parallel(model: torch.nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over the ranks, always summed in the same order.
+
+    Looking for unused parameters, of which there are none, keeps gradients in the order that they have at first. Otherwise
+    they are rearranged after the first step, also after the first one of a resumed training, and its last bits are others.
+    """
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def broadcast(value: str | torch.Tensor) -> str | torch.Tensor:
