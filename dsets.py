@@ -95,6 +95,8 @@ class LogMel(torch.nn.Module):
         self.params = params = params or FeatureParams()
         filters = torchaudio.functional.melscale_fbanks(  # (1025 bins, 128 mels)
             params.n_fft // 2 + 1, params.f_min, params.f_max, params.n_mels, SAMPLE_RATE)
+        if not filters.any():
+            raise UserError(f"dsets.FeatureParams: expected a frequency of n_fft {params.n_fft} within a filter; found {params}")
         self.num_bins = int(filters.any(dim=1).nonzero().max()) + 1  # 372 of 1025: the others lie above f_max
         self.register_buffer("filters", filters[:self.num_bins].T.contiguous())  # (128 mels, 372 bins)
         self.register_buffer("window", torch.hann_window(params.n_fft))
@@ -139,7 +141,7 @@ class ESC50(torch.utils.data.Dataset):
         self.layout, table, self.notes = tables.read_table(self.root, folds)
         if split_long:
             table = self.split_long(table)
-        keep = table["esc10"] if esc10 and "esc10" in table else np.full(len(table), not esc10)
+        keep = table["esc10"] if esc10 and self.layout == "ESC-50" else np.full(len(table), not esc10)
         if not np.any(keep):
             raise UserError(f"--esc10: no clip in {self.root} is marked as ESC-10's (meta/esc50.csv); leave the flag out")
         log_mel = functools.cache(lambda: LogMel(self.params))  # needed only if features are not there yet
@@ -175,7 +177,7 @@ class ESC50(torch.utils.data.Dataset):
             end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
             starts = np.arange(row["start"], max(end - MIN_REST_S, row["start"]) + 1e-3, CLIP_SAMPLES / SAMPLE_RATE)
             rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts.tolist()]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
 
     def __len__(self) -> int:
         return len(self.table)

@@ -53,6 +53,16 @@ def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans
     assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)
 
 
+def test_long_parts_that_overlap_have_their_own_sound(tmp_path):
+    rising = np.sin(2 * np.pi * 50 * np.arange(16 * 8000) ** 2 / 8000 ** 2) / 2  # a chirp: each moment has its pitch
+    soundfile.write(tmp_path / "a.wav", rising, 8000)
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold,start,end\na.wav,dog,1,0,12\na.wav,bird,1,6,16\n")
+    ds = dsets.ESC50(tmp_path, split_long=True)
+    assert ds.table["start"].tolist() == [0, 5, 6, 10, 11] and "".join(ds.table["category"]) == "dogdogbirddogbird"
+    log_mel = dsets.LogMel()
+    assert all(torch.equal(ds[index][0], log_mel(ds.waveform(index))) for index in range(5))
+
+
 def test_a_clip_is_refused_only_where_less_than_5_s_are_there_and_something_is_odd(own_root, capsys):
     path = own_root / "audio" / "1-0-A-0.wav"
     for seconds, there, is_refused in ((7, 5.5, False), (7, 5, False), (5, 5, False), (3, 3, False), (5, 4.95, False),
@@ -215,6 +225,13 @@ def test_esc10_keeps_its_clips_and_counts_classes_from_0(own_root):
     kept = everything.targets == 1
     assert torch.equal(torch.stack([feature for feature, _ in dataset]), everything.features[kept])
     change_table(own_root, lambda table: table.assign(esc10="False"))
+    with pytest.raises(UserError, match="^--esc10: "):
+        dsets.ESC50(own_root, esc10=True)
+
+
+def test_esc10_is_only_for_esc50s_own_table(own_root):
+    (own_root / "meta").rename(own_root / "elsewhere")
+    (own_root / "metadata.csv").write_text("file_name,label,fold,esc10\naudio/1-0-A-0.wav,a,1,True\naudio/2-0-A-1.wav,b,2,True\n")
     with pytest.raises(UserError, match="^--esc10: "):
         dsets.ESC50(own_root, esc10=True)
 
