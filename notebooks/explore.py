@@ -197,6 +197,8 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         panels[2].set_title(f"example {tuple(example.shape)}, mean +- 3 std")
         heard = example * mean_std[1] + mean_std[0]  # in dB again
         whole = torch.full((params.n_mels, frames), heard.min().item())  # what lies outside of the crop is as silent as can be
-        whole[max(low, 0):low + mels] = heard[max(-low, 0):params.n_mels - low]  # without mels that repeat beyond the edges
+        bottom, top = max(low, 0), min(low + mels, params.n_mels)
+        if bottom < top:  # without mels that repeat beyond the edges
+            whole[bottom:top] = heard[bottom - low:top - low]
         return whole, changed
     return Explorer([own, partner], sliders, figure, draw)

@@ -57,6 +57,10 @@ def test_parameters_that_do_not_go_together_are_named_and_the_picture_stays(data
     before = explorer.picture.value
     set_values(explorer, f_min=9000.0)
     assert "f_min < f_max" in explorer.message.value and explorer.picture.value == before
+    with_filters = {name: explorer.sliders[name].value for name in ("n_fft", "hop_length", "n_mels", "f_min")}
+    set_values(explorer, n_fft=256, hop_length=128, n_mels=8, f_min=50.0, f_max=100.0)
+    assert "n_fft" in explorer.message.value
+    set_values(explorer, **with_filters)
     set_values(explorer, f_max=12_000.0)
     assert explorer.message.value == "" and explorer.picture.value != before
 
@@ -190,6 +194,18 @@ def test_the_smallest_crop_is_drawn_and_heard(ds):
     set_values(explorer, **smallest)
     explorer.button.click()
     assert shown(explorer, 2).shape == tuple(smallest.values()) and len(explorer.heard.value) > 1000
+
+
+def test_a_crop_that_lies_beyond_the_edge_is_drawn_and_silent(dataset):
+    explorer = explore.augmentation_explorer(dataset, MEAN_STD)
+    silent = 0
+    for seed in range(40):
+        set_values(explorer, seed=seed, crop_mels=8, freq_shift=40)
+        low = round(explorer.figure.axes[0].patches[0].get_y() + 0.5)
+        heard, _ = explorer.to_hear
+        assert bool((heard == heard.min()).all(dim=1).sum() >= 128 - max(0, min(low + 8, 128) - max(low, 0)))
+        silent += low <= -8 or low >= 128
+    assert silent > 3
 
 
 def test_a_stretch_reads_more_or_less_of_the_clip(dataset):
