@@ -27,7 +27,7 @@ from util.errors import UserError
     (["--views", "1.5"], "--views: '1.5'"),
     (["--f-max", "22051"], "--f-max: '22051'"),
     (["--crop-mels", "129"], "--crop-mels: '129'"),
-    (["--crop-frames", "0"], "--crop-frames: '0'"),
+    (["--crop-frames", "32"], "--crop-frames: '32'"),
     (["--freq-mask", "-1"], "--freq-mask: '-1'"),
     (["--time-mask", "x"], "--time-mask: 'x'"),
     (["--fold", "x"], "--fold: 'x'"),

@@ -54,6 +54,12 @@ def test_cnn8_is_seven_convolutions_and_one_linear_layer_without_max_pool():
     assert kinds.count("Conv2d") == 7 and kinds.count("Linear") == 1 and "MaxPool2d" not in kinds
 
 
+@pytest.mark.parametrize("name", ["cnn8", "resnet18"])
+def test_the_smallest_crop_of_the_flags_trains_on_a_single_example(name):
+    config.parse_args(["--crop-mels", "16", "--crop-frames", "33"])
+    assert models.build_model(name, 7, (1, 16, 33))(examples(1, (1, 16, 33))).shape == (1, 7)  # batch statistics need two values
+
+
 @pytest.mark.parametrize("input_shape", SHAPES)
 @pytest.mark.parametrize("name", models.MODELS)
 def test_logits_one_a_class_and_no_softmax(name, input_shape):

@@ -73,7 +73,7 @@ class Config:
     lr_schedule: str = flag("constant", "cosine: a linear warm-up over a tenth, then down to 0", choices=("constant", "cosine"))
     f_max: float = flag(8000.0, "the highest frequency of the mel-spectrograms", type=number(float, 1000, 22_050), metavar="HZ")
     crop_mels: int = flag(100, "mels of a crop, of 128; for strong with cnn4, 100", type=number(int, 16, 128), metavar="N")
-    crop_frames: int = flag(384, "frames of a crop, of 431; for strong with cnn4, 384", type=number(int, 16, 431), metavar="N")
+    crop_frames: int = flag(384, "frames of a crop, of 431; for strong with cnn4, 384", type=number(int, 33, 431), metavar="N")
     views: int = flag(5, "random crops of each clip an epoch, all but the first masked", type=number(int, 1, 1000), metavar="N")
     freq_mask: int = flag(27, "SpecAugment: each of two masks covers up to N mels", type=number(int, 0, 1000), metavar="N")
     time_mask: int = flag(100, "SpecAugment: each of two masks covers up to N frames", type=number(int, 0, 10 ** 5), metavar="N")
