@@ -311,6 +311,24 @@ def test_class_names_of_any_script_appear_or_their_numbers_do(monkeypatch, recwa
     assert not recwarn.list
 
 
+def test_examples_of_a_class_that_no_font_has_are_titled_by_its_number(dataset, monkeypatch):
+    from matplotlib import font_manager
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    monkeypatch.setattr(dataset, "classes", ["a", "b", "c", "雨"])
+    indices, options = (dataset.targets == 3).nonzero().flatten(), {"views": 2, "seed": 1, "fold": 1}
+    figure = training.first_examples(dataset, indices, (0.0, 1.0), 4, options)
+    assert {axes.get_title() for axes in figure.axes[:4]} == {"3"}
+
+
+def test_predictions_csv_holds_any_name_and_exact_starts(tmp_path):
+    clips = pd.DataFrame({"file": ["caf\udce9.wav", "a.wav"], "start": [12_345.28, 0.0], "fold": 1})  # Latin-1 on the disk
+    report.write_predictions(tmp_path, clips, torch.tensor([0, 1]), torch.tensor([1, 1]), ["a", "b"],
+                             torch.tensor([[0.75, 1 / 3], [1e-9, 1.0]]))
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table["file"].tolist() == ["caf\\udce9.wav", "a.wav"] and table["start"].tolist() == [12_345.28, 0]
+    assert table["probability"].tolist() == pytest.approx([0.75, 1e-9]) and table["true_probability"][0] == 0.333333
+
+
 def test_a_font_that_has_the_letters_is_used(monkeypatch):
     from matplotlib import font_manager, ft2font
     other = font_manager.FontEntry(fname="other.ttf", name="Other")

@@ -215,11 +215,12 @@ def test_resume_finds_moved_data_and_refuses_other_data(root, tmp_path, capsys):
     moved = root.rename(tmp_path / "moved")
     run("--resume", run_dir, "--epochs", 2, status=2)
     assert f"--data {root}" in error_line(capsys)
-    run("--resume", run_dir, "--epochs", 2, "--data", moved)
+    run("--resume", run_dir, "--data", moved, "--fold", 2)
+    run("--resume", run_dir, "--epochs", 2)  # it is known now
     other = write_root(tmp_path / "other", num_classes=2, clips=1)
     run("--resume", run_dir, "--data", other, status=2)
     assert f"--data {other.resolve()}" in error_line(capsys)
-    assert f"--data {other.resolve()}" in refused_in(capsys, run_dir, other, "--fold", 2)
+    assert f"--data {other.resolve()}" in refused_in(capsys, run_dir, other, "--fold", 3)
 
 
 def test_runs_of_other_features_are_neither_resumed_nor_joined(pristine_root, reference, capsys, other_features):

@@ -533,7 +533,7 @@ def test_predictions_csv_has_a_row_for_each_validated_clip(shared_run, pristine_
         assert -np.log(table["true_probability"]).mean() == pytest.approx(row["loss"], rel=1e-4)
         assert (table["probability"] >= table["true_probability"] - 1e-6).all()
         assert table["probability"][right].tolist() == pytest.approx(table["true_probability"][right].tolist(), rel=1e-4)
-        tables.append(table)
+        tables.append(table.assign(seed=row["seed"]))
     pd.testing.assert_frame_equal(pd.read_csv(shared_run / "predictions.csv"), pd.concat(tables, ignore_index=True))
 
 

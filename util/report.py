@@ -173,6 +173,11 @@ def write_pictures(folder: Path, rows: list[dict], targets: torch.Tensor, predic
     return figures.get("confusion.png")
 
 
+def write_csv(path: Path, table, **options) -> None:
+    """A pandas table as CSV; letters that are no UTF-8, as old archives' names may hold, escaped."""
+    write_atomically(path, lambda part: table.to_csv(part, errors="backslashreplace", **options))
+
+
 def write_predictions(folder: Path, clips, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str],
                       probabilities: torch.Tensor) -> None:
     """predictions.csv, a row for each validated clip: its file, start (s) and fold, and what was predicted.
@@ -182,8 +187,9 @@ def write_predictions(folder: Path, clips, targets: torch.Tensor, predictions: t
     """
     table = clips[["file", "start", "fold"]].assign(
         true_class=[classes[index] for index in targets], predicted_class=[classes[index] for index in predictions],
-        probability=probabilities[:, 0].numpy(), true_probability=probabilities[:, 1].numpy())
-    write_atomically(folder / "predictions.csv", lambda part: table.to_csv(part, index=False, float_format="%.6g"))
+        **{name: [f"{value:.6g}" for value in column.tolist()]
+           for name, column in zip(("probability", "true_probability"), probabilities.unbind(dim=1))})
+    write_csv(folder / "predictions.csv", table, index=False, float_format="%.10g")
 
 
 def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor, classes: list[str]) -> None:
@@ -193,7 +199,7 @@ def write_report(folder: Path, targets: torch.Tensor, predictions: torch.Tensor,
     scores = precision_recall_fscore_support(targets, predictions, labels=range(len(classes)), zero_division=0)
     report = pd.DataFrame(dict(zip(("precision", "recall", "f1", "clips"), scores)), index=pd.Index(classes, name="class"))
     report["number"] = range(len(classes))  # which stands for a name in pictures where no font has its letters
-    write_atomically(folder / "report.csv", lambda part: report.to_csv(part, float_format="%.4f"))
+    write_csv(folder / "report.csv", report, float_format="%.4f")
 
 
 def summarize(run_dir: Path, epochs: int) -> dict:
@@ -229,8 +235,9 @@ def write_summary(run_dir: Path, epochs: int, targets: dict[int, torch.Tensor] |
             write_pictures(run_dir, [row for folder in folders for row in rundir.read_metrics(folder)], *results)
             write_report(run_dir, *results)
         if folders and all((folder / "predictions.csv").exists() for folder in folders):
-            table = pd.concat([pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False) for folder in folders])
-            write_atomically(run_dir / "predictions.csv", lambda part: table.to_csv(part, index=False))
+            tables = [pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False).assign(seed=training["seed"])
+                      for folder, training in zip(folders, summary["trainings"])]
+            write_csv(run_dir / "predictions.csv", pd.concat(tables), index=False)
     return summary
 
 

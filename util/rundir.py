@@ -1,7 +1,7 @@
 """A run's folder: run.json, joining a run, locks, and what a run was run on. Imports no torch by itself.
 
     run.json             flags, command line, git commit, versions, hardware, fingerprint of the data
-    seed-S/fold-K/       one training, complete in itself; all its other files follow from last.pt
+    seed-S/fold-K/       one training, complete in itself; all its other files but best.pt follow from last.pt
     summary.json         the finished trainings, their mean and standard deviation
 
 Every file but TensorBoard's events (--resume writes those again) is there whole or not at all, whatever kills the program.
@@ -107,7 +107,8 @@ def with_session(run_config: dict, now: dict) -> dict:
              for name in ("seed", "fold")}
     session = {name: now[name] for name in ("started", "command", "hardware", "git")}
     session["hardware"] = now["hardware"] | {"threads": run_config["hardware"]["threads"]}  # it uses as many
-    return {**run_config, "flags": {**run_config["flags"], **flags, "epochs": now["flags"]["epochs"]},
+    flags |= {name: now["flags"][name] for name in ("epochs", "data")}  # the data may have moved
+    return {**run_config, "flags": {**run_config["flags"], **flags},
             "sessions": [*run_config["sessions"], session]}
 
 
