@@ -27,6 +27,9 @@ from util.errors import UserError, exit_on_error, printable, reason
 if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong flag are answered before torch is imported, which
     exit_on_error("training.py", parse_args, sys.argv[1:])  # takes seconds; under torchrun, one of the processes answers (main)
 
+if "RANK" in os.environ:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of what dist.parallel needs
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

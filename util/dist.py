@@ -5,7 +5,6 @@ torch.distributed calls a process a rank: rank 0 writes the run's folder, all of
 import contextlib
 import os
 import sys
-import warnings
 from datetime import timedelta
 from typing import NoReturn
 
@@ -70,7 +69,6 @@ def parallel(model: torch.nn.Module) -> DistributedDataParallel:
     Looking for unused parameters, of which there are none, keeps gradients in the order that they have at first. Otherwise
     they are rearranged after the first step, also after the first one of a resumed training, and its last bits are others.
     """
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
 
