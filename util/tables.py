@@ -61,8 +61,9 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
             raise UserError(f"--folds {folds}: {root} has folds of its own ({own}); leave the flag out")
         split = table.groupby("group")["fold"].nunique()
         if (split > 1).any():
-            notes.append(f"{(split > 1).sum()} groups lie in several folds (as {split.idxmax()}): accuracy is optimistic, as "
-                         f"clips of one source are on both sides")
+            groups = "1 group lies" if (split > 1).sum() == 1 else f"{(split > 1).sum()} groups lie"
+            notes.append(f"{groups} in several folds (as {split.idxmax()}): accuracy is optimistic, as clips of one source are on"
+                         f" both sides")
     else:
         table = assign_folds(root, table, folds or NUM_FOLDS, notes)
         notes.append(f"there are no folds: the clips are assigned to {folds or NUM_FOLDS} (--folds)")
