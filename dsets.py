@@ -161,16 +161,21 @@ class ESC50(torch.utils.data.Dataset):
         self.classes = list(self.table.sort_values(order)["category"].unique())
         self.targets = torch.tensor([self.classes.index(name) for name in self.table["category"]])
         self.folds = sorted(int(fold) for fold in self.table["fold"].unique())
+        self.tell(remarks, self.table["file"])
+
+    def tell(self, remarks: dict[str, list[str]], files) -> None:
+        """Add remarks, each with the names of its recordings, to the notes, as far as these are among `files`."""
         for note, names in remarks.items():
-            if names := sorted(set(names) & set(self.table["file"])):
+            if names := sorted(set(names) & set(files)):
                 said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES[note]}"
                 self.notes.append(f"{said}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
 
     def split_long(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with a row for each 5 s of recordings and parts; a rest of less than 1 s is left out."""
         files = list(table["file"].unique())
-        lengths, _, _ = cache.load_features(self.root, [(name, 0.0, 0.0) for name in files], lambda path, spans, remarks: [
-            np.float32([count_seconds(path)])], (1,), {}, kind="lengths")
+        lengths, _, remarks = cache.load_features(self.root, [(name, 0.0, 0.0) for name in files], lambda path, spans, remarks: [
+            np.float32([count_seconds(path, remarks)])], (1,), {}, kind="seconds")
+        self.tell(remarks, files)
         seconds = dict(zip(files, lengths[:, 0].tolist()))
         rows = []
         for row in table.to_dict("records"):

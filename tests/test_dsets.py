@@ -53,6 +53,23 @@ def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans
     assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)
 
 
+def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, tone(15, 8000), 8000, subtype="PCM_16")
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:44 + 2 * 8000 * 8])
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold\na.wav,dog,1\nb.wav,bird,2\n")
+    ds = dsets.ESC50(tmp_path, split_long=True)
+    assert ds.table["file"].tolist() == ["a.wav"] * 2 + ["b.wav"] * 3 and ds.table["end"][1] == pytest.approx(8, abs=0.01)
+    assert ds.notes == ["1 recording lacks some of its sound, cut short or damaged: a.wav"]
+
+
+@pytest.mark.parametrize("end, is_told", [("", True), ("12.25", True), ("8.05", False), ("7", False)])
+def test_parts_of_more_than_5_s_are_told(tmp_path, end, is_told):
+    soundfile.write(tmp_path / "a.wav", tone(15, 8000), 8000)
+    (tmp_path / "metadata.csv").write_text(f"file_name,label,fold,start,end\na.wav,dog,1,0,1\na.wav,bird,1,3,{end}\n")
+    assert [note[:11] for note in dsets.ESC50(tmp_path).notes] == ["1 recording"] * is_told
+
+
 def test_long_parts_that_overlap_have_their_own_sound(tmp_path):
     rising = np.sin(2 * np.pi * 50 * np.arange(16 * 8000) ** 2 / 8000 ** 2) / 2  # a chirp: each moment has its pitch
     soundfile.write(tmp_path / "a.wav", rising, 8000)

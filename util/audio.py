@@ -5,7 +5,6 @@ a name, and may take only formats that refer to no other file or address. Import
 """
 import contextlib
 import math
-import os
 import re
 import struct
 import sys
@@ -57,6 +56,7 @@ class Source:
         self.header, self.format = b"", b""
         self.left = math.inf  # bytes of sound to come; -1: the file has been read to its end
         self.ahead = file.read(12)  # what has been read and not given
+        self.is_empty = not self.ahead
         self.is_chunked = bool(re.match(rb"(RIFF|RIFX|RF64|BW64)....WAVE|FORM....AIF[FC]", self.ahead, re.DOTALL))
         if self.is_chunked:
             self.header = self.read_header()
@@ -162,7 +162,8 @@ class Recording:
     """
 
     def __init__(self, path: str | Path, source: Source):
-        self.path, self.source, self.notes, self.container, self.is_broken = path, source, source.notes, None, False
+        self.path, self.source, self.notes, self.container = path, source, source.notes, None
+        self.is_broken = self.is_incomplete = False
         self.codec = pcm_decoder(source.format)
         if self.codec:
             source.header = b""
@@ -270,6 +271,7 @@ class Recording:
         missing_bytes = min(source.claimed, source.promised) - source.received if source.claimed else 0
         if source.received and 0 < missing_bytes < STREAM_BYTES:
             missing += missing_bytes / source.received * seconds
+        self.is_incomplete = missing > NOTICED or self.is_broken
         if missing > NOTICED:
             self.notes.append(f"lacks {missing:.1f} of its {seconds + missing:.1f} s, cut short or damaged; copy it again")
         elif self.is_broken:
@@ -338,10 +340,10 @@ def open_recording(path: str | Path):
                 file = sys.stdin.buffer
             else:
                 check_regular_file(path)
-                if os.path.getsize(path) == 0:
-                    raise UserError(f"{path}: is empty; copy it again")
                 file = stack.enter_context(open(path, "rb"))
             source = Source(file)
+            if source.is_empty:
+                raise UserError(f"{path}: is empty; {'nothing was written to it' if path == '-' else 'copy it again'}")
             recording = Recording(path, source)
             if recording.container:
                 stack.callback(recording.container.close)

@@ -21,11 +21,13 @@ CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of u
 INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
 LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
 LONGER = "is longer than 5 s"
+INCOMPLETE = "lacks some of its sound, cut short or damaged"
 SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
     "is silent": "are silent",
     "has channels that cancel each other, their mean is silent": "have channels that cancel each other, their mean is silent",
     "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers",
-    LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)"}
+    LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)",
+    INCOMPLETE: "lack some of their sound, cut short or damaged"}
 
 
 def mono_blocks(recording: audio.Recording, notes: list[str]):
@@ -92,7 +94,7 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
 
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
-    end of nan is that of the recording. `notes` gets those of `mono_blocks`, and one if the end is nan and more than 5 s follow.
+    end of nan is that of the recording. `notes` gets those of `mono_blocks`, and one if more than 5 s are there.
     Raises UserError also where a part lacks sound and something is odd about the file, and where it begins after the end.
     """
     notes = [] if notes is None else notes
@@ -100,8 +102,9 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
         offset, pending = 0, np.zeros(0, np.float32)  # the samples from `offset` on that have been read
         for start, end in spans:
             first, parts, length = round(start * SAMPLE_RATE), [pending], len(pending)
-            last = first + CLIP_SAMPLES if math.isnan(end) else min(first + CLIP_SAMPLES, round(end * SAMPLE_RATE))
-            wanted = last + LONGER_SAMPLES if math.isnan(end) else last
+            end_sample = math.inf if math.isnan(end) else round(end * SAMPLE_RATE)
+            last = min(first + CLIP_SAMPLES, end_sample)
+            wanted = min(last + LONGER_SAMPLES, end_sample)
             while offset + length < wanted and (block := next(blocks, None)) is not None:
                 parts.append(block)
                 length += len(block)
@@ -115,7 +118,7 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
                                 f"{path}: ends at {offset / SAMPLE_RATE:.2f} s, before a clip's start of {start:g} s")
             if len(found) < last - first - LONGER_SAMPLES and (odd := [note for note in notes if note not in SOUND_NOTES]):
                 raise UserError(f"{path}: {odd[0]}")
-            if math.isnan(end) and offset + len(pending) >= wanted:
+            if offset + len(pending) >= last + LONGER_SAMPLES <= end_sample:
                 notes.append(LONGER)
             waveform = np.zeros(CLIP_SAMPLES, np.float32)
             waveform[:len(found)] = found
@@ -128,7 +131,9 @@ def load_waveform(path: str | Path, start: float = 0.0, end: float = math.nan) -
         return next(clips)
 
 
-def count_seconds(path: str | Path) -> float:
-    """The length of a recording in s, decoded to its end."""
+def count_seconds(path: str | Path, notes: list[str]) -> float:
+    """The length of a recording in s, decoded to its end; `notes` gets INCOMPLETE where more is promised than is there."""
     with audio.open_recording(path) as recording:
-        return sum(map(len, mono_blocks(recording, []))) / SAMPLE_RATE
+        seconds = sum(map(len, mono_blocks(recording, []))) / SAMPLE_RATE
+        notes += [INCOMPLETE] if recording.is_incomplete else []
+    return seconds
