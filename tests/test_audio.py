@@ -281,6 +281,13 @@ def test_what_holds_no_sound_of_its_own_is_refused(tmp_path, monkeypatch, capfd,
     assert capfd.readouterr().err == ""
 
 
+def test_a_recording_none_of_which_can_be_decoded_is_called_so(tmp_path):
+    whole = encode("ipod", "alac", noise(2))
+    at, size = whole.index(b"mdat"), int.from_bytes(whole[whole.index(b"mdat") - 4:whole.index(b"mdat")], "big")
+    (tmp_path / "a.m4a").write_bytes(whole[:at + 4] + b"\x40" * (size - 8) + whole[at + size - 4:])
+    assert "cannot be decoded" in refused(list, waveforms.windows(tmp_path / "a.m4a"))
+
+
 def test_the_formats_taken_are_known_and_refer_to_nothing():
     known = {name for names in av.formats_available for name in names.split(",")}
     taken = set(audio.FORMATS.split(","))

@@ -261,6 +261,8 @@ class Recording:
             yield to_float(parts, kind[0])
         if self.source.error:
             raise self.source.error
+        if seconds == 0 and failures:
+            raise UserError(f"{self.path}: cannot be decoded as audio ({failures} packets fail); convert it")
         if seconds == 0 and self.container and self.source.is_pipe:
             raise UserError(f"{self.path}: cannot be decoded from a pipe; save it to a file first")
         self.note_what_is_missing(seconds, max(promised - seconds, damaged))
