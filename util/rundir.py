@@ -108,8 +108,7 @@ def with_session(run_config: dict, now: dict) -> dict:
     session = {name: now[name] for name in ("started", "command", "hardware", "git")}
     session["hardware"] = now["hardware"] | {"threads": run_config["hardware"]["threads"]}  # it uses as many
     flags |= {name: now["flags"][name] for name in ("epochs", "data")}  # the data may have moved
-    return {**run_config, "flags": {**run_config["flags"], **flags},
-            "sessions": [*run_config["sessions"], session]}
+    return {**run_config, "flags": run_config["flags"] | flags, "sessions": [*run_config["sessions"], session]}
 
 
 def check_same_data(run_dir: Path, then: dict, now: dict) -> None:
