@@ -20,10 +20,11 @@ def test_the_weights_name_fifty_classes_of_any_recording(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_weights_recognize_clips_that_they_were_not_trained_on():
+def test_the_weights_recognize_the_clips_that_they_were_trained_on():
+    """It says nothing of how good they are, but that weights, features and classes belong together."""
     names = sorted(REAL.glob("1-*"))[::4]  # of fold 1; a name ends in the number of its class
     if not names:
         pytest.skip("no real recordings beside the project")
     predictor = predict.Predictor(device="cpu")
     right = [int(predictor(name)["mean"].argmax()) == int(name.stem.rpartition("-")[2]) for name in names]
-    assert np.mean(right) > 0.7  # 0.875 of all of them
+    assert np.mean(right) > 0.9
