@@ -24,11 +24,10 @@ from util import rundir
 from util.config import LOCATION_FLAGS, Config, parse_args
 from util.errors import UserError, exit_on_error, printable, reason
 
-if __name__ == "__main__" and "RANK" not in os.environ:  # --help and a wrong flag are answered before torch is imported, which
-    exit_on_error("training.py", parse_args, sys.argv[1:])  # takes seconds; under torchrun, one of the processes answers (main)
-
-if "RANK" in os.environ:
+if "RANK" in os.environ:  # under torchrun, where one of the processes answers a wrong flag (main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of what dist.parallel needs
+elif __name__ == "__main__":  # --help and a wrong flag are answered before torch is imported, which takes seconds
+    exit_on_error("training.py", parse_args, sys.argv[1:])
 
 import torch
 import torch.nn.functional as F
