@@ -29,8 +29,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of a command. Raises UserError for one that is none, or a value that it cannot have."""
     parser = argparse.ArgumentParser(prog="predict.py", allow_abbrev=False,
                                      description="Say what sounds there are in recordings, a window of 5 s at a time.",
-                                     epilog=f"{WEIGHTS.name} was trained on 1600 clips of ESC-50, which are under CC BY-NC 3.0; trained "
-                                            f"likewise on 1200, it named 86.6% of the others correctly (docs/results.md).")
+                                     epilog=f"{WEIGHTS.name} was trained on 1600 clips of ESC-50, which are under CC BY-NC 3.0; "
+                                            "trained likewise on 1200, it named 86.6% of the others correctly (docs/results.md).")
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", nargs="?",
                         help="a run's folder, whose finished trainings predict together by their mean; the folder of one "
                              f"training; or a .pt file; without it, the 50 classes of weights/{WEIGHTS.name}")

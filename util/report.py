@@ -187,8 +187,8 @@ def write_predictions(folder: Path, clips, targets: torch.Tensor, predictions: t
     """
     table = clips[["file", "start", "fold"]].assign(
         true_class=[classes[index] for index in targets], predicted_class=[classes[index] for index in predictions],
-        **{name: [f"{value:.6g}" for value in column.tolist()]
-           for name, column in zip(("probability", "true_probability"), probabilities.unbind(dim=1))})
+        probability=[f"{value:.6g}" for value in probabilities[:, 0].tolist()],
+        true_probability=[f"{value:.6g}" for value in probabilities[:, 1].tolist()])
     write_csv(folder / "predictions.csv", table, index=False, float_format="%.10g")
 
 
