@@ -27,7 +27,7 @@ from util.config import Config
 from util.errors import UserError
 from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, count_seconds, load_clips, load_waveform
 
-MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip
+MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip; chosen, not tuned
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
 TTA_SHIFT_MELS = 5  # 4 and 7 did no better on folds 1 and 2 of ESC-50
@@ -57,7 +57,7 @@ class FeatureParams:
             if not isinstance(value, (int, field.type)) or (field.type is int and value < 1):
                 expected = "an int above 0" if field.type is int else "a float"
                 raise UserError(f"dsets.FeatureParams: {field.name} is {value!r:.100}, expected {expected}")
-        for holds, expected in (
+        for holds, expected in (  # bounds of size: a stranger's checkpoint shall not ask for gigabytes
                 (16 <= self.n_fft <= 32_768, "n_fft from 16 to 32768"),
                 (self.n_fft / 32 <= self.hop_length <= self.n_fft, "hop_length from n_fft / 32 to n_fft"),
                 (1 <= self.n_mels <= min(512, self.n_fft / 2), "n_mels up to n_fft / 2, and to 512"),
@@ -102,6 +102,7 @@ class LogMel(torch.nn.Module):
         self.register_buffer("window", torch.hann_window(params.n_fft))
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """(..., samples) in [-1, 1] -> (..., n_mels, frames) in dB."""
         flat = waveform.reshape(-1, waveform.shape[-1])  # (..., samples) -> (clips, samples)
         spectrum = torch.stft(flat, self.params.n_fft, self.params.hop_length, window=self.window, center=True,
                               pad_mode="reflect", return_complex=True)  # -> (clips, 1025, frames)
@@ -114,7 +115,7 @@ class LogMel(torch.nn.Module):
 
 
 def normalize(decibels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """(decibels - mean) / std, both in dB, of the training folds (`ESC50.mean_std`)."""
+    """Decibels of any shape minus mean, over std, both in dB and of the training folds (`ESC50.mean_std`)."""
     return (decibels - mean) / std
 
 
@@ -258,7 +259,7 @@ def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, sh
     mels = torch.randint(-shift_mels, params.n_mels - params.crop_mels + 1 + shift_mels, (count,), generator=generator)
     last = min(params.num_frames, params.num_frames - params.crop_frames + 1 + shift_frames)
     frames = torch.randint(last, (count,), generator=generator)
-    return torch.stack([mels, frames], dim=1)
+    return torch.stack([mels, frames], dim=1)  # (count,) each -> (count, 2)
 
 
 def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tensor:
@@ -275,7 +276,7 @@ def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tenso
     if tta_crops == 3:
         return torch.tensor([[mel, frame], [mel - TTA_SHIFT_MELS, frame + third], [mel + TTA_SHIFT_MELS, frame + 2 * third]])
     mels, frames = (torch.tensor(sorted({0, middle, 2 * middle})) for middle in (mel, frame))
-    return torch.cartesian_prod(mels, frames)
+    return torch.cartesian_prod(mels, frames)  # -> (crops, 2)
 
 
 def draw_stretches(count: int, time_stretch: float, generator: torch.Generator) -> torch.Tensor:
@@ -311,10 +312,10 @@ def draw_masks(count: int, generator: torch.Generator, params: FeatureParams, fr
     """
     size = torch.tensor([params.crop_mels] * FREQ_MASKS + [params.crop_frames] * TIME_MASKS)
     longest = torch.minimum(torch.tensor([freq_mask_param] * FREQ_MASKS + [time_mask_param] * TIME_MASKS), size)
-    draws = torch.rand(2, count, FREQ_MASKS + TIME_MASKS, generator=generator, dtype=torch.float64)
+    draws = torch.rand(2, count, FREQ_MASKS + TIME_MASKS, generator=generator, dtype=torch.float64)  # (2, count, 4)
     widths = (draws[0] * (longest + 1)).long()
     starts = (draws[1] * (size - widths + 1)).long()
-    return torch.stack([starts, starts + widths], dim=-1)
+    return torch.stack([starts, starts + widths], dim=-1)  # (count, 4) each -> (count, 4, 2)
 
 
 def spec_augment(examples: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -81,8 +81,9 @@ class BasicBlock(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))  # -> (B, out_channels, height / stride, width / stride)
+        """(B, in_channels, h, w) -> (B, out_channels, h / stride, w / stride), rounded up."""
+        shortcut = x if self.downsample is None else self.downsample(x)  # -> (B, out_channels, h / stride, w / stride)
+        x = self.relu(self.bn1(self.conv1(x)))  # -> (B, out_channels, h / stride, w / stride)
         x = self.bn2(self.conv2(x))
         return self.relu(x + shortcut)
 
@@ -121,7 +122,10 @@ class ResNet18(nn.Module):
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """A 3x3 convolution (no bias: the normalization has one), BatchNorm and ReLU."""
+    """A 3x3 convolution (no bias: the normalization has one), BatchNorm and ReLU.
+
+    (B, in_channels, h, w) -> (B, out_channels, h / stride, w / stride), rounded up.
+    """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -132,7 +136,8 @@ def conv_bn_pool_tanh(in_channels: int, out_channels: int, kernel_size: int, str
                       padding: int) -> nn.Sequential:
     """A convolution, BatchNorm, 2x2 max pool and tanh.
 
-    The pool stands before the tanh: tanh rises, so the maximum is the same either way, for a quarter of the tanhs.
+    (B, in_channels, h, w) -> (B, out_channels, ...): the convolution's height and width, halved by the pool and rounded
+    down. The pool stands before the tanh: tanh rises, so the maximum is the same either way, for a quarter of the tanhs.
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),

@@ -1,4 +1,4 @@
-"""Say what sounds there are in a recording: the predictions of a trained network, a window of 5 s at a time.
+"""Name the sounds in recordings: the predictions of a trained network, a window of 5 s at a time.
 
     python predict.py recording.m4a                       one of 50 kinds of sounds, without any training
     python predict.py RUN_DIR recording.mp3               a class of your own training
@@ -28,9 +28,10 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "cnn8-esc50.pt"  # how i
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of a command. Raises UserError for one that is none, or a value that it cannot have."""
     parser = argparse.ArgumentParser(prog="predict.py", allow_abbrev=False,
-                                     description="Say what sounds there are in recordings, a window of 5 s at a time.",
+                                     description="Name the sounds in recordings, a window of 5 s at a time.",
                                      epilog=f"{WEIGHTS.name} was trained on 1600 clips of ESC-50, which are under CC BY-NC 3.0; "
-                                            "trained likewise on 1200, it named 86.6% of the others correctly (docs/results.md).")
+                                            "networks trained the same way on 1200 named 86.6% of the others correctly "
+                                            "(docs/results.md).")
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", nargs="?",
                         help="a run's folder, whose finished trainings predict together by their mean; the folder of one "
                              f"training; or a .pt file; without it, the 50 classes of weights/{WEIGHTS.name}")
@@ -104,7 +105,7 @@ class Network(torch.nn.Module):
             checkpoint = checkpoints.load_checkpoint(Path(path))
             self.params, self.classes = dsets.FeatureParams(**checkpoint["features"]), checkpoint["classes"]
             if not self.classes or not all(isinstance(name, str) for name in self.classes):
-                raise ValueError("classes are no names")
+                raise ValueError("classes are not names")
             self.mean, self.std = map(float, checkpoint["mean_std"])
             self.tta_crops, self.precision = checkpoint["flags"]["tta_crops"], checkpoint["precision"]
             if not (math.isfinite(self.mean) and 0 < self.std < math.inf and self.tta_crops in TTA_CROPS):

@@ -305,7 +305,7 @@ def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: i
 
 
 def resume(path: Path, constants: dict, raw_model, eval_model, optimizer) -> tuple:
-    """Load last.pt into the models and the optimizer; returns its epoch, history, best row and predictions.
+    """Load last.pt into the models and the optimizer; returns its epoch, history, best row, predictions and probabilities.
 
     constants: what this training's checkpoints hold. Raises UserError if last.pt is another training's or damaged.
     """

@@ -11,8 +11,9 @@ loops     the same steps eager, compiled, in a user's plain loop and with a Data
 together  1, 2, 4 and 8 commands in one run's folder at once: examples/s in all
 rest      the tests for CUDA; torchrun with one process; predict.py on an hour of sound beside the CPU
 
-Each part is a process with a time limit of its own, and keeps what it has when it fails; the next one goes on. About eight
-minutes on an H100. Without --data, noise stands for the 2000 clips (0.9 GB): no figure here but a loss depends on them.
+Each part is a process with a time limit of its own, and keeps what it has when it fails; the next one goes on. All
+should take eight minutes on a large card (an estimate). Without --data, noise stands for the 2000 clips (0.9 GB): no figure here
+but a loss depends on them.
 --device cpu with few --steps shows that the script itself runs.
 """
 import argparse

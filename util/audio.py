@@ -332,8 +332,8 @@ def mp3_frames(source: Source) -> int:
 def open_recording(path: str | Path):
     """The `Recording` of a file, or of standard input, as it comes, for "-".
 
-    Raises UserError if it is no regular file, holds no sound, cannot be decoded (also while it is read), or has an absurd
-    sample rate or number of channels.
+    Raises UserError if it is no regular file, holds no sound, cannot be decoded (also while it is read), or has a sample
+    rate or number of channels beyond RATE_LIMITS and MAX_CHANNELS.
     """
     with contextlib.ExitStack() as stack:
         source = None

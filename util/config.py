@@ -58,7 +58,7 @@ class Config:
                              "run: --epochs 14 --views 2 --batch-size 16 --lr 2e-3 --lr-schedule cosine")
     esc10: bool = flag(False, "only the ten classes of ESC-10")
     model: str = flag("cnn8", "the network", choices=MODELS)
-    pretrained: str | None = flag(None, "start from a checkpoint of this program, but for the last layer; resnet18 also from "
+    pretrained: str | None = flag(None, "start from a checkpoint of this program, except for its last layer; resnet18: also from "
                                         "ImageNet weights, or a file of them", metavar="{imagenet,PATH}")
     fold: list = flag([1], "validation fold, one training for each: one, several, or all; none: train on all clips, "
                                 "validate nothing", nargs="+", type=fold_name, metavar="K")
@@ -73,6 +73,7 @@ class Config:
     lr_schedule: str = flag("constant", "cosine: a linear warm-up over a tenth, then down to 0", choices=("constant", "cosine"))
     f_max: float = flag(8000.0, "the highest frequency of the mel-spectrograms", type=number(float, 1000, 22_050), metavar="HZ")
     crop_mels: int = flag(100, "mels of a crop, of 128; for strong with cnn4, 100", type=number(int, 16, 128), metavar="N")
+    # 33 or more: of fewer, a last batch of one example can leave BatchNorm a single value to normalize
     crop_frames: int = flag(384, "frames of a crop, of 431; for strong with cnn4, 384", type=number(int, 33, 431), metavar="N")
     views: int = flag(5, "random crops of each clip an epoch, all but the first masked", type=number(int, 1, 1000), metavar="N")
     freq_mask: int = flag(27, "SpecAugment: each of two masks covers up to N mels", type=number(int, 0, 1000), metavar="N")
@@ -104,15 +105,15 @@ GROUPS = {"data": "data", "model": "model", "fold": "experiment", "device": "mac
 
 # What the literature found to help a small network. Sources: adamw: Loshchilov & Hutter, ICLR 2019; label_smoothing: Szegedy et
 # al., CVPR 2016; gain: Tokozume et al., ICLR 2018; the others where they are used. mixup and filter_augment were chosen on folds
-# 1 to 3 of ESC-10; epochs, f_max, the crop, time_stretch and freq_shift on folds 1 and 2 of ESC-50 (docs/results.md); the rest
-# are the first values tried.
+# 1 to 3 of ESC-10; epochs, f_max, the crop, time_stretch, freq_shift and tta_crops on folds 1 and 2 of ESC-50
+# (docs/results.md); the rest are the first values tried.
 STRONG = {"epochs": 50, "lr": 2e-3, "weight_decay": 0.05, "optimizer": "adamw", "lr_schedule": "cosine", "mixup": 0.3,
           "label_smoothing": 0.1, "time_shift": 5.0, "time_stretch": 0.25, "freq_shift": 14, "gain": 6.0, "filter_augment": 6.0,
           "ema": 0.98, "f_max": 16_000.0, "crop_mels": 128, "crop_frames": 431, "tta_crops": 3}
 # tanh and 23 million weights in one layer: fold 1 of ESC-10 reaches 81% in 12 epochs, 65% with 2e-3. Larger crop, more weights
 STRONG_CNN4 = {"lr": 5e-4, "crop_mels": 100, "crop_frames": 384}
 DEMO = {"data": "data/demo"}
-DEMO_RECIPE = {"epochs": 14, "views": 2, "batch_size": 16, "lr": 2e-3, "lr_schedule": "cosine"}  # within 3 minutes on 2 cores
+DEMO_RECIPE = {"epochs": 14, "views": 2, "batch_size": 16, "lr": 2e-3, "lr_schedule": "cosine"}  # 1 to 6 minutes on 2 cores
 
 LOCATION_FLAGS = {"comment", "data", "download", "run_dir", "tb_prefix", "resume", "rerun"}  # these change no figure
 MAY_CHANGE = {"--resume": {"resume", "data", "download", "epochs", "seed", "fold"},
@@ -163,11 +164,11 @@ def parse_args(argv: list[str]) -> Config:
     parser.set_defaults(recipe=None)
     first, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
-        raise UserError(f'{unknown[0]}: is one word too many; quote a comment of several words: "{first.comment} {unknown[0]}"')
+        raise UserError(f'{unknown[0]}: unexpected word; quote a comment of several words: "{first.comment} {unknown[0]}"')
     if unknown:
         flags = [flag_name(each.name) for each in fields(Config) if each.name != "comment"]
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        raise UserError(f"{unknown[0]}: is no flag; " + (f"did you mean {close[0]}?" if close else "--help lists the flags"))
+        raise UserError(f"{unknown[0]}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists the flags"))
     if first.resume and first.rerun:
         raise UserError("--rerun: starts a new run, --resume continues one; leave one of them out")
     recorded, run_dir = None, first.resume or first.rerun
@@ -177,8 +178,8 @@ def parse_args(argv: list[str]) -> Config:
             check_types(flags, {each.name: each.type for each in fields(Config)})
             recorded = Config(**flags)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{run_dir}/run.json: has other flags than this program ({reason(error)}); use the code of then, "
-                            f"restore it, or start a new run") from error
+            raise UserError(f"{run_dir}/run.json: has other flags than this program ({reason(error)}); use the code of that "
+                            f"time, restore it, or start a new run") from error
     recipe = recipe_flags(first.recipe, first.model)
     if first.demo:
         recipe = DEMO | (recipe if first.recipe else DEMO_RECIPE)
@@ -194,7 +195,7 @@ def parse_args(argv: list[str]) -> Config:
     if config.demo and config.download:
         raise UserError("--download: fetches ESC-50, --demo writes synthetic sounds; leave one of them out")
     if config.pretrained == "imagenet" and config.model != "resnet18":
-        raise UserError(f"--pretrained imagenet: are weights for resnet18, not for {config.model}; add --model resnet18")
+        raise UserError(f"--pretrained imagenet: these weights are for resnet18, not for {config.model}; add --model resnet18")
     if recorded:
         check_recorded(config, recorded)
     if config.resume:  # beside those that are there

@@ -116,7 +116,7 @@ def unpack(archive: Path, folder: Path, url: str) -> Path:
     except Exception as error:  # zipfile and its decompressors raise a dozen types
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
-        raise UserError(f"--download: what came from {url} is no complete zip archive ({reason(error)}); it was removed, try "
+        raise UserError(f"--download: what came from {url} is not a complete zip archive ({reason(error)}); it was removed, try "
                         f"again") from error
 
 

@@ -151,7 +151,7 @@ def training_dir(run_dir: Path, seed: int, fold: int | str) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path, timeout: float = -1):
-    """Hold a folder's lock file, waiting for at most `timeout` s (-1: for ever); UserError where locks are not to be had."""
+    """Hold a folder's lock file, waiting for at most `timeout` s (-1: for ever); UserError where the file system has no locks."""
     held = filelock.FileLock(folder / "lock", timeout=timeout)
     try:
         held.acquire()

@@ -102,8 +102,8 @@ def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
-        raise UserError(f"{path}: is no comma-separated table in UTF-8 with the columns {', '.join(columns)} ({reason(error)}); "
-                        f"{remedy}") from error
+        raise UserError(f"{path}: is not a comma-separated table in UTF-8 with the columns {', '.join(columns)} "
+                        f"({reason(error)}); {remedy}") from error
     table = table[(table[columns] != "").any(axis=1)]  # no blank lines
     if table.empty:
         raise UserError(f"{path}: lists no clips, expected a row for each; {remedy}")
