@@ -90,7 +90,7 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
     """Cross-entropy losses (B,) and logits (B, classes) of examples (B, 1, 100, 384).
 
     Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
-    see `dsets.Batch`. class_weights (classes,): what a target's loss is multiplied by.
+    see `dsets.Batch`. class_weights (classes,): what the loss of a target of each class is multiplied by.
     """
     examples = examples.contiguous(memory_format=torch.channels_last)
     with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -98,10 +98,15 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
     logits = logits.float()
     if len(logits) > len(targets):
         logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
-    cross_entropy = functools.partial(F.cross_entropy, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
-    losses = cross_entropy(logits, targets)  # -> (B,)
+
+    def cross_entropy(targets):
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)  # -> (B,)
+        # F.cross_entropy's own weight would weigh the smoothing's part by each class, and draw all examples to the rarest
+        return losses if class_weights is None else class_weights[targets] * losses
+
+    losses = cross_entropy(targets)
     if lam is not None:
-        losses = lam * losses + (1 - lam) * cross_entropy(logits, other_targets)
+        losses = lam * losses + (1 - lam) * cross_entropy(other_targets)
     return losses, logits
 
 
@@ -345,7 +350,6 @@ def run(argv: list[str], progress: dict) -> None:
     """Everything the command does. progress["run_dir"] is set once there is a run that --resume can continue."""
     config = parse_args(argv)
     recorded = rundir.read_run_config(Path(config.resume or config.rerun)) if config.resume or config.rerun else None
-    progress["run_dir"] = config.resume
     device = machine.choose_device(config.device)
     config.device, config.precision = device.type, machine.choose_precision(config.precision, device)
     device = dist.own_device(device)

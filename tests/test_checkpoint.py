@@ -1,6 +1,7 @@
 """Checkpoints and files of weights: what is in them, what is refused, pretrained weights."""
 import copy
 import hashlib
+import io
 import os
 import shutil
 import zipfile
@@ -72,6 +73,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
 class Malicious:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_stays_one(tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        writes = 0
+
+        def write(self, data):  # where the handler of a signal runs
+            self.writes += 1
+            if self.writes == 2:
+                raise KeyboardInterrupt
+            return super().write(data)
+    monkeypatch.setattr(checkpoints, "open", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": torch.zeros(10)})
+    assert not list(tmp_path.iterdir())
 
 
 def write_garbage(path: Path, kind: str) -> None:

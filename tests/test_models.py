@@ -118,7 +118,7 @@ def test_pool_before_tanh_is_tanh_before_pool():
 
 def test_weights_start_as_the_papers_say():
     torch.manual_seed(0)
-    conv = models.build_model("cnn8").block3[1][0]  # 3x3, 256 to 256: He et al., deviation sqrt(2 / fan out)
+    conv = models.build_model("cnn8").block3[0][0]  # 3x3, 128 to 256: He et al., deviation sqrt(2 / fan out)
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.02)
     fc1 = models.build_model("cnn4").fc1  # Glorot & Bengio: uniform within sqrt(6 / (fan in + fan out))
     bound = math.sqrt(6 / (11264 + 2048))

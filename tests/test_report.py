@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -211,6 +212,7 @@ def test_the_summary_is_of_finished_trainings_with_their_mean_and_std(tmp_path):
     write_training(tmp_path, metrics_rows([3.0, 1.0, 2.0], seed=10, accuracy=0.5))
     write_training(tmp_path, metrics_rows([2.0, 2.0, 4.0], seed=9, fold=2, accuracy=0.75))
     write_training(tmp_path, metrics_rows([0.1, 0.1], seed=9, fold=1, accuracy=0.0))  # not finished
+    shutil.copytree(tmp_path / "seed-9" / "fold-2", tmp_path / "seed-9" / "fold-2 copy")
     summary = report.summarize(tmp_path, 3)
     assert [(each["seed"], each["fold"]) for each in summary["trainings"]] == [(9, 2), (10, 1)]
     assert [(each["loss"], each["best_epoch"], each["best_loss"]) for each in summary["trainings"]] == [(4, 1, 2), (2, 2, 1)]

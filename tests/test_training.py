@@ -519,6 +519,31 @@ def test_class_weights_multiply_the_training_loss_alone(pristine_root, tmp_path,
     losses, _ = forward(lambda examples: logits, torch.zeros(3, 1, 100, 384), targets, "fp32", None, None, 0.0, weights)
     plain = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, plain * torch.tensor([2.0, 0.5, 0.5]))
+    lam, others = torch.tensor([0.75, 1.0, 0.5]), torch.tensor([1, 1, 0])
+    losses, _ = forward(lambda examples: logits, torch.zeros(3, 1, 100, 384), targets, "fp32", lam, others, 0.1, weights)
+    own, other = (F.cross_entropy(logits, each, reduction="none", label_smoothing=0.1) for each in (targets, others))
+    expected = lam * own * torch.tensor([2.0, 0.5, 0.5]) + (1 - lam) * other * torch.tensor([0.5, 0.5, 2.0])
+    torch.testing.assert_close(losses, expected)  # the smoothing's part, too, by the target's class alone
+
+
+def test_flags_of_the_optimizer_the_loss_and_the_average_reach_the_training(pristine_root, tmp_path, monkeypatch):
+    seen, train_one_epoch = [], training.train_one_epoch
+
+    def watched(model, optimizer, batches, lrs, precision, **keywords):
+        seen.append((optimizer, keywords))
+        return train_one_epoch(model, optimizer, batches, lrs, precision, **keywords)
+    monkeypatch.setattr(training, "train_one_epoch", watched)
+    compiled = []
+    monkeypatch.setattr(training.machine, "compile_model", lambda model: compiled.append(model) or model)
+    flags = ("--optimizer", "adamw", "--weight-decay", 0.25, "--label-smoothing", 0.2, "--ema", 0.7, "--compile")
+    train_in(tmp_path / "run", pristine_root, *flags, "--epochs", 1)
+    train_in(tmp_path / "plain", pristine_root, "--epochs", 1)
+    (optimizer, keywords), (plain, plain_keywords) = seen
+    assert type(optimizer) is torch.optim.AdamW and type(plain) is torch.optim.Adam
+    assert [each.param_groups[0]["weight_decay"] for each in (optimizer, plain)] == [0.25, 1e-3]
+    assert (keywords["label_smoothing"], keywords["ema"].ema_decay) == (0.2, 0.7)
+    assert (plain_keywords["label_smoothing"], plain_keywords["ema"]) == (0.0, None)
+    assert len(compiled) == 1
 
 
 def test_predictions_csv_has_a_row_for_each_validated_clip(shared_run, pristine_root):

@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch's zip writer hides the disk's own error
+                if isinstance(error.__context__, (OSError, KeyboardInterrupt)):  # torch's zip writer hides what ended its write
                     raise error.__context__ from None
                 raise
     write_atomically(path, write)

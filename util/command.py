@@ -23,9 +23,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def open_output() -> None:
-    """Make standard output take what is printed: nothing where the caller closed it, and every letter of a name."""
+    """Make standard output and error take what is printed: nothing where the caller closed them, and every letter of a name."""
     if sys.stdout is None:
         discard_output()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # tqdm writes to it
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
 
@@ -72,7 +74,8 @@ def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         message = too_large
     except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises plain RuntimeErrors
+        # gloo raises plain RuntimeErrors
+        if isinstance(error, torch.distributed.DistError) or ("RANK" in os.environ and "gloo" in str(error)):
             stopped = "torchrun: one of the processes ended before the training did"
         elif "allocate memory" in str(error):  # torch's CPU allocator has no type of its own for it
             message = too_large

@@ -208,7 +208,7 @@ def summarize(run_dir: Path, epochs: int) -> dict:
     trainings = []
     for folder in run_dir.glob("seed-*/fold-*"):
         rows = [row for row in rundir.read_metrics(folder) if row["phase"] == "validation"]
-        if rows and rows[-1]["epoch"] == epochs:
+        if rows and rows[-1]["epoch"] == epochs and folder == rundir.training_dir(run_dir, rows[-1]["seed"], rows[-1]["fold"]):
             last, best = rows[-1], min(rows, key=lambda row: row["loss"])  # the first of equals
             trainings.append({"seed": last["seed"], "fold": last["fold"], "epochs": epochs,
                               **{metric: last[metric] for metric in METRICS}, "best_epoch": best["epoch"],
@@ -309,7 +309,8 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
             lines.append(f"seed {seed} fold {fold}: weights differ")
     if not lines:
         return ["identical to the last bit: all metrics of all epochs, all weights"]
-    parts = [{part: config[part] for part in ("flags", "versions", "hardware", "git", "data", "sessions")} for config in configs]
+    names = ("flags", "features", "versions", "hardware", "git", "data", "sessions")
+    parts = [{name: config[name] for name in names} for config in configs]
     then, now = (pd.json_normalize(part, sep=" ").iloc[0].to_dict() for part in parts)
     where = {f"flags {name}" for name in LOCATION_FLAGS}
     changes = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted((then.keys() | now.keys()) - where)
