@@ -116,6 +116,22 @@ def test_samples_are_those_of_ffmpeg_from_the_first_to_the_last(tmp_path, capfd,
     assert notes == [] and capfd.readouterr().err == ""
 
 
+@needs_ffmpeg
+def test_a_picture_that_begins_after_the_sound_is_passed_over(tmp_path):
+    (tmp_path / "plain.wav").write_bytes(wav_bytes(noise(6)))
+    picture = ["-itsoffset", "4", "-f", "lavfi", "-i", "testsrc=s=320x240:r=25:d=3", "-map", "0:a", "-map", "1:v"]
+    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tmp_path / "plain.wav", *picture, "-c:a", "aac", "-c:v", "flv",
+                    tmp_path / "a.flv"], check=True)
+    samples, notes = decode(tmp_path / "a.flv")
+    assert len(samples) / RATE == pytest.approx(6, abs=0.1) and notes == []
+
+
+def test_a_large_tag_without_sound_behind_it_is_refused(tmp_path):
+    size = bytes(1_500_000 >> shift & 127 for shift in (21, 14, 7, 0))  # of ID3v2: seven bits a byte
+    (tmp_path / "a.mp3").write_bytes(b"ID3\x04\0\0" + size + bytes(1_500_000 + 100_000))
+    assert str(tmp_path / "a.mp3") in refused(decode, tmp_path / "a.mp3")
+
+
 def test_joined_files_are_heard_whole(tmp_path):
     for form, subtype in (("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")):
         one = wav_bytes(noise(3), subtype, form)

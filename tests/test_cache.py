@@ -76,6 +76,8 @@ def test_all_clips_of_a_file_are_computed_in_one_call_and_lie_in_its_place(folde
         assert features[:, 0, 0, 0].tolist() == expected and digests[1] == digests[2] == digests[3] != digests[0]
         assert remarks == {"is odd": [NAMES[1], NAMES[2]]}
     assert sorted((name, len(spans)) for name, spans in calls) == [("a.wav", 1), ("b.wav", 3), ("c.wav", 1)]
+    features, *_ = cache.load_features(folder, [*clips[:-1], (NAMES[2], 2.0, 3.0)], compute, (1, 2, 3), {})
+    assert features[-1, 0, 0, 0].item() == 12 + 200, "another part of the same file"
 
 
 def test_nothing_done_to_features_reaches_the_file(folder):

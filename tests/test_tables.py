@@ -169,6 +169,17 @@ def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
     assert table["fold"].tolist() == [2, 1] and table["group"].tolist() == ["q", "r"]
 
 
+def test_a_column_of_ones_own_table_in_two_spellings_is_refused(tmp_path):
+    assert "fold" in refused(write_table(tmp_path, "file_name,label,Fold,FOLD", "a.wav,x,2,1", "b.wav,y,1,2"))
+
+
+def test_spaces_around_a_group_or_fold_mean_nothing(tmp_path):
+    root = write_table(tmp_path, "file_name,label,fold,group", "a.wav,x,2 ,roof", "b.wav,y, 1,roof ", "c.wav,y,1, ")
+    _, table, notes = tables.read_table(root)
+    assert table["fold"].tolist() == [2, 1, 1] and table["group"].tolist() == ["roof", "roof", "c.wav"]
+    assert "roof" in notes[0], "in two folds"
+
+
 @pytest.mark.parametrize("line, column, rows", [
     (3, "label", ["a.wav,rain,0,5", "b.wav,,0,5"]),
     (2, "file_name", ["../a.wav,rain,0,5", "b.wav,dog,0,5"]),
@@ -209,6 +220,12 @@ def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):
     assert table["category"].tolist() == ["dog", "rain", "rain", "雨"]
     assert sum("empty" in note for note in notes) == 1 and not any("features" in note or ".git" in note for note in notes)
     assert sum("loose.wav" in note for note in notes) == 1
+
+
+def test_a_link_to_itself_is_passed_over(tmp_path):
+    write_sounds(tmp_path, [f"{name}/{i}.wav" for name in ("rain", "dog") for i in range(2)])
+    (tmp_path / "loop").symlink_to("loop")
+    assert set(tables.read_table(tmp_path, folds=2)[1]["category"]) == {"dog", "rain"}
 
 
 def test_links_to_one_recording_are_never_divided_and_told(tmp_path):

@@ -194,7 +194,7 @@ class Recording:
         if name not in ("flac", "mov", "mp3", "ogg"):
             return 0.0
         duration = float((self.stream.duration or 0) * self.stream.time_base)
-        if name == "mp3":  # FFmpeg estimates it where there is no tag, or more sound than the tag says
+        if name == "mp3" and self.rate:  # FFmpeg estimates it where there is no tag, or more sound than the tag says
             duration = min(duration, mp3_frames(self.source) * self.codec.frame_size / self.rate)
         return duration
 
@@ -216,6 +216,8 @@ class Recording:
                 for packet in self.container.demux(self.stream):
                     failures = 0
                     yield packet
+                return
+            except IndexError:  # PyAV's, after the last packet, where streams began after the opening
                 return
             except av.FFmpegError:
                 failures += 1

@@ -168,6 +168,8 @@ def read_own_table(root: Path) -> pd.DataFrame:
     table = read_csv(path, ["file_name", "label"], "fix it")
     plain = {name: name.strip().lower() for name in table}  # "Fold " is meant as fold: unread, it would let a source leak
     table = table.rename(columns={name: meant for name, meant in plain.items() if meant in OPTIONAL and meant not in table})
+    if table.columns.duplicated().any():
+        raise UserError(f"{path}: has the column {table.columns[table.columns.duplicated()][0]} twice; remove one")
     check, names = checker(path, table), table["file_name"]
     inside = [not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name for name in names]
     check((names != "") & np.array(inside), "file_name", f"the path of a recording below {root}")
@@ -183,8 +185,9 @@ def read_own_table(root: Path) -> pd.DataFrame:
         check(table["end"].isna() | (table["end"] > start), "end", "more seconds than its start")
     parts = table[["file", "start"]] if "start" in table else table[["file"]]
     check(~parts.duplicated(), "file_name", "each recording, or each start in it, once")
-    for column in ("fold", "group"):
-        if column in table and (table[column] == "").all():
+    for column in [name for name in ("fold", "group") if name in table]:
+        table[column] = table[column].str.strip()
+        if (table[column] == "").all():
             table = table.drop(columns=column)
     by_file = table.groupby("file")
     if "fold" in table:
@@ -202,8 +205,9 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     rows, empty = [], []
     loose = [path.name for path in sorted(root.iterdir()) if path.suffix.lower() in ENDINGS and path.is_file()]
     for folder in sorted(root.iterdir()):
-        leads_up = root.resolve().is_relative_to(folder.resolve())  # a link to the data folder itself
-        if not folder.is_dir() or leads_up or folder.name.startswith((".", "__MACOSX")):
+        if not folder.is_dir() or folder.name.startswith((".", "__MACOSX")):
+            continue
+        if root.resolve().is_relative_to(folder.resolve()):  # a link to the data folder itself
             continue
         try:
             found = find_recordings(str(folder))
