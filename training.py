@@ -369,6 +369,8 @@ def run(argv: list[str], progress: dict) -> None:
         dataset = dsets.ESC50(config.data, config.esc10, params=feature_params(config), folds=config.folds,
                               split_long=config.split_long)
     config.data, config.download = str(dataset.root.resolve()), False  # as --resume will find them
+    if config.pretrained and config.pretrained != "imagenet":
+        config.pretrained = str(Path(config.pretrained).resolve())
     if "all" in config.fold:
         config.fold = dataset.folds + [fold for fold in config.fold if fold == "none"]
     for fold in config.fold:
@@ -414,6 +416,7 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
                   "flags": vars(config) | {"run_dir": None, "resume": None, "rerun": None}, "features": vars(dataset.params),
                   **rundir.environment(dist.world_size()),
                   "data": {"clips": len(dataset), "classes": dataset.classes, "fingerprint": dataset.fingerprint()},
+                  "pretrained": checkpoints.fingerprint(config.pretrained),
                   "sessions": []}  # later commands that train in the folder
     if config.pretrained and not config.resume:
         start_model(config.model, config.pretrained, dataset, 0, 0)  # refuses weights that do not fit before a folder is made

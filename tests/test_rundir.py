@@ -2,6 +2,7 @@
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -260,6 +261,18 @@ def test_commands_use_as_many_threads_as_the_run_began_with(pristine_root, tmp_p
         assert torch.get_num_threads() == 1
     assert run_config_of(tmp_path / "again")["hardware"]["threads"] == 1
     assert run_config_of(run_dir)["sessions"][0]["hardware"]["threads"] == 1
+
+
+def test_a_run_goes_on_from_the_pretrained_weights_that_it_began_with(pristine_root, tmp_path, capsys, monkeypatch):
+    weights, run_dir = tmp_path / "w.pt", tmp_path / "run"
+    shutil.copy(train_in(tmp_path / "one", pristine_root, "--epochs", 1) / "seed-42" / "fold-1" / "last.pt", weights)
+    monkeypatch.chdir(tmp_path)
+    train_in(run_dir, pristine_root, "--epochs", 1, "--pretrained", "w.pt")
+    monkeypatch.chdir(pristine_root)
+    run("--resume", run_dir, "--fold", 2)  # finds them from elsewhere
+    shutil.copy(train_in(tmp_path / "two", pristine_root, "--epochs", 1, "--seed", 1) / "seed-1" / "fold-1" / "last.pt", weights)
+    run("--resume", run_dir, "--fold", 3, status=2)
+    assert f"--pretrained {weights}: " in error_line(capsys)
 
 
 def test_unfit_pretrained_weights_are_refused_before_a_folder_is_made(pristine_root, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """last.pt and best.pt, and files of weights: save, load, does it fit. Nothing in a file is executed (weights_only)."""
+import hashlib
 import os
 import pickle
 import warnings
@@ -43,6 +44,14 @@ def load_tensors(path: str | Path):
     except Exception as error:  # torch's readers raise a dozen types; an UnpicklingError advises to execute what is in the file
         why = "it is damaged, or holds more than that" if isinstance(error, pickle.UnpicklingError) else reason(error)
         raise UserError(f"{path}: cannot be read as a file of tensors and plain values ({why})") from error
+
+
+def fingerprint(pretrained: str | None) -> str | None:
+    """The SHA-256 of the file that --pretrained names; None where it names none, or one that is not there any more."""
+    if not pretrained or not os.path.isfile(pretrained):
+        return None
+    with open(pretrained, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -309,8 +309,8 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
             lines.append(f"seed {seed} fold {fold}: weights differ")
     if not lines:
         return ["identical to the last bit: all metrics of all epochs, all weights"]
-    names = ("flags", "features", "versions", "hardware", "git", "data", "sessions")
-    parts = [{name: config[name] for name in names} for config in configs]
+    names = ("flags", "features", "versions", "hardware", "git", "data", "pretrained", "sessions")
+    parts = [{name: config.get(name) for name in names} for config in configs]
     then, now = (pd.json_normalize(part, sep=" ").iloc[0].to_dict() for part in parts)
     where = {f"flags {name}" for name in LOCATION_FLAGS}
     changes = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted((then.keys() | now.keys()) - where)

@@ -125,6 +125,9 @@ def check_same_run(run_dir: Path, then: dict, now: dict) -> None:
     check_same(f"{run_dir}: has other features; use the same, or start a new run", then["features"], now["features"])
     check_same(f"{run_dir}: cannot continue here; install the former, or start a new run", *versions)
     check_same_data(run_dir, then, now)
+    if now["pretrained"] and now["pretrained"] != then.get("pretrained"):  # none: gone, and what has begun needs it no more
+        raise UserError(f"--pretrained {now['flags']['pretrained']}: is another file than the run in {run_dir} began with (its "
+                        f"SHA-256 differs); restore it, or start a new run")
 
 
 def check_same(message: str, then: dict, now: dict) -> None:
