@@ -48,11 +48,13 @@ class Source:
     claimed   bytes of sound up to the end of the sound's chunk; 0: unknown
     promised  bytes of sound up to the end of the file, by its outer size (RIFF, FORM)
     error     what ended the reading: FFmpeg is told that the file ends
+    is_first  whether what is read is but the first of several recordings in the file
     """
 
     def __init__(self, file):
         self.file, self.error, self.notes, self.is_pipe = file, None, [], not file.seekable()
         self.received = self.claimed = self.promised = 0
+        self.is_first = False
         self.header, self.format = b"", b""
         self.left = math.inf  # bytes of sound to come; -1: the file has been read to its end
         self.ahead = file.read(12)  # what has been read and not given
@@ -114,7 +116,7 @@ class Source:
             self.read_header()
             if self.format != first:
                 self.notes.append("holds several recordings of different formats; only the first is used, split the file")
-                self.left, self.claimed = -1, 0
+                self.left, self.claimed, self.is_first = -1, 0, True
         elif not re.match(rb"[A-Za-z0-9 _-]{4}(...[\0-\x0f]|[\0-\x0f]...)", behind, re.DOTALL):  # no other chunk
             if self.claimed < STREAM_SIZE:
                 self.notes.append("holds more sound than its header says; all of it is used")
@@ -275,7 +277,7 @@ class Recording:
         missing_bytes = min(source.claimed, source.promised) - source.received if source.claimed else 0
         if source.received and 0 < missing_bytes < STREAM_BYTES:
             missing += missing_bytes / source.received * seconds
-        self.is_incomplete = missing > NOTICED or self.is_broken
+        self.is_incomplete = missing > NOTICED or self.is_broken or source.is_first
         if missing > NOTICED:
             self.notes.append(f"lacks {missing:.1f} of its {seconds + missing:.1f} s, cut short or damaged; copy it again")
         elif self.is_broken:

@@ -95,7 +95,7 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
 
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
     end of nan is that of the recording. `notes` gets those of `mono_blocks`, and one if more than 5 s are there.
-    Raises UserError also where a part lacks sound and something is odd about the file, and where it begins after the end.
+    Raises UserError also where a part lacks sound that the file promises, and where it begins after the end.
     """
     notes = [] if notes is None else notes
     with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
@@ -116,8 +116,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
             if len(found) == 0:
                 raise UserError(f"{path}: holds no samples, or too few to resample" if first == 0 else
                                 f"{path}: ends at {offset / SAMPLE_RATE:.2f} s, before a clip's start of {start:g} s")
-            if len(found) < last - first - LONGER_SAMPLES and (odd := [note for note in notes if note not in SOUND_NOTES]):
-                raise UserError(f"{path}: {odd[0]}")
+            if len(found) < last - first - LONGER_SAMPLES and recording.is_incomplete:
+                raise UserError(f"{path}: {recording.notes[-1]}")
             if offset + len(pending) >= last + LONGER_SAMPLES <= end_sample:
                 notes.append(LONGER)
             waveform = np.zeros(CLIP_SAMPLES, np.float32)
