@@ -7,8 +7,8 @@ from util import audio
 from util.errors import UserError
 
 # Files with one of these endings are meant as recordings: one that cannot be decoded is reported, not passed over.
-ENDINGS = set(".3ga .3gp .aac .ac3 .aif .aifc .aiff .amr .au .caf .flac .m4a .m4b .mka .mp2 .mp3 .oga .ogg .opus .rf64 .snd .spx "
-              ".w64 .wav .wave .weba .webm .wma .wv".split())
+ENDINGS = set(".3ga .3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .dsf .eac3 .flac .m4a .m4b .mka .mp2 .mp3 .mpc .oga .ogg "
+              ".opus .rf64 .snd .spx .tak .tta .voc .w64 .wav .wave .weba .webm .wma .wv".split())
 
 
 def find_recordings(name: str) -> list[str]:
