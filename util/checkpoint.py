@@ -1,5 +1,4 @@
 """last.pt and best.pt, and files of weights: save, load, does it fit. Nothing in a file is executed (weights_only)."""
-import hashlib
 import os
 import pickle
 import warnings
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from util.cache import mel_params
+from util.cache import mel_params, sha256
 from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
 from util.rundir import check_same
 
@@ -48,10 +47,7 @@ def load_tensors(path: str | Path):
 
 def fingerprint(pretrained: str | None) -> str | None:
     """The SHA-256 of the file that --pretrained names; None where it names none, or one that is not there any more."""
-    if not pretrained or not os.path.isfile(pretrained):
-        return None
-    with open(pretrained, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(pretrained)) if pretrained and os.path.isfile(pretrained) else None
 
 
 def load_checkpoint(path: Path) -> dict:
