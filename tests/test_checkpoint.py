@@ -68,13 +68,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert torch.equal(checkpoints.load_tensors(path)["weights"], torch.zeros(10))
 
 
-# --- files that are none ----------------------------------------------------------------------------------------------
-
-class Malicious:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
 def test_an_interrupt_while_a_checkpoint_is_written_stays_one(tmp_path, monkeypatch):
     class Interrupted(io.FileIO):
         writes = 0
@@ -88,6 +81,13 @@ def test_an_interrupt_while_a_checkpoint_is_written_stays_one(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save_checkpoint(tmp_path / "last.pt", {"model": torch.zeros(10)})
     assert not list(tmp_path.iterdir())
+
+
+# --- files that are none ----------------------------------------------------------------------------------------------
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
 def write_garbage(path: Path, kind: str) -> None:
