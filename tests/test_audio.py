@@ -319,6 +319,13 @@ def test_absurd_rates_and_channels_are_refused(tmp_path, rate, channels):
     assert refused(list, waveforms.windows(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: ")
 
 
+def test_24_bits_in_4_bytes_are_refused(tmp_path):
+    content = wav_bytes(noise(2, channels=2), "PCM_24")
+    (tmp_path / "a.wav").write_bytes(content[:32] + (8).to_bytes(2, "little") + content[34:])
+    message = refused(decode, tmp_path / "a.wav")
+    assert str(tmp_path / "a.wav") in message and "24 bits" in message
+
+
 def test_holds_sound(tmp_path):
     for form, codec in (("ipod", "aac"), ("webm", "libopus"), ("mp2", "mp2"), ("mpegts", "mp2")):
         (tmp_path / "a").write_bytes(encode(form, codec, noise(1)))

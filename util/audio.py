@@ -166,7 +166,7 @@ class Recording:
     def __init__(self, path: str | Path, source: Source):
         self.path, self.source, self.notes, self.container = path, source, source.notes, None
         self.is_broken = self.is_incomplete = False
-        self.codec = pcm_decoder(source.format)
+        self.codec = pcm_decoder(source.format, path)
         if self.codec:
             source.header = b""
         else:
@@ -284,13 +284,16 @@ class Recording:
             self.notes.append(f"cannot be read beyond {seconds:.1f} s; copy it again, or split it if it was joined")
 
 
-def pcm_decoder(format_chunk: bytes) -> av.AudioCodecContext | None:
+def pcm_decoder(format_chunk: bytes, path: str | Path) -> av.AudioCodecContext | None:
     """The decoder of a WAV's plain samples, None for others: FFmpeg's own reader would search them for other formats."""
     if len(format_chunk) < 16:
         return None
-    tag, channels, rate, bits = struct.unpack("<H H I 6x H", format_chunk[:16])
+    tag, channels, rate, frame_bytes, bits = struct.unpack("<H H I 4x H H", format_chunk[:16])
     if tag == 0xFFFE:  # extensible: the tag stands further on
         tag = int.from_bytes(format_chunk[24:26], "little")
+    if tag == 1 and bits == 24 and frame_bytes == 4 * channels:  # ALSA's S24_LE fills the lower bytes, Windows the upper ones
+        raise UserError(f"{path}: has samples of 24 bits in 4 bytes each, but does not say in which of them; record or convert it "
+                        f"to 16 or 32 bits (arecord -f S32_LE)")
     if (tag, bits) not in PCM or not 1 <= channels <= MAX_CHANNELS or not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
         return None
     decoder = av.CodecContext.create(PCM[tag, bits], "r")
