@@ -331,14 +331,17 @@ def test_predictions_csv_holds_any_name_and_exact_starts(tmp_path):
     assert table["probability"].tolist() == pytest.approx([0.75, 1e-9]) and table["true_probability"][0] == 0.333333
 
 
-def test_a_font_that_has_the_letters_is_used(monkeypatch):
+def test_a_font_that_has_the_letters_and_is_still_there_is_used(tmp_path, monkeypatch):
     from matplotlib import font_manager, ft2font
-    other = font_manager.FontEntry(fname="other.ttf", name="Other")
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [other])
+    other = tmp_path / "other.ttf"
+    other.touch()
+    fonts = [font_manager.FontEntry(fname=str(tmp_path / "gone.ttf"), name="Gone"),  # matplotlib remembers those of earlier days
+             font_manager.FontEntry(fname=str(other), name="Other")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
     real = ft2font.FT2Font
 
     class Font:
         def __new__(cls, path):
-            return real(path) if path != "other.ttf" else type("Other", (), {"get_charmap": lambda self: {ord("雨"): 1}})()
+            return real(path) if path != str(other) else type("Other", (), {"get_charmap": lambda self: {ord("雨"): 1}})()
     monkeypatch.setattr(ft2font, "FT2Font", Font)
     assert report.drawable(["雨", "rain"]) == (["雨", "rain"], ["DejaVu Sans", "Other"])

@@ -3,6 +3,7 @@
 matplotlib, pandas, scikit-learn and TensorBoard take seconds to import: each function imports what it needs.
 """
 import itertools
+import os
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def drawable(names: list[str]) -> tuple[list[str], list[str]]:
     families, missing = ["DejaVu Sans"], {ord(letter) for letter in "".join(names)}  # matplotlib's own font
     missing -= ft2font.FT2Font(font_manager.findfont(families[0])).get_charmap().keys()
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)) if missing else []:
-        if font.name.startswith("Last Resort"):  # it has boxes for all letters
+        if font.name.startswith("Last Resort") or not os.path.exists(font.fname):  # has boxes for all letters; was uninstalled
             continue
         found = missing & ft2font.FT2Font(font.fname).get_charmap().keys()
         if found:
