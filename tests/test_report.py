@@ -269,7 +269,10 @@ def test_a_comparison_names_the_trainings_and_the_first_row_that_differ(shared_r
     checkpoint["model"]["fc.bias"][0] += 1e-6
     checkpoints.save_checkpoint(last, checkpoint)
     (reference / "seed-2" / "fold-3" / "last.pt").unlink()
-    metrics, weights, missing, *rest = report.compare_runs(shared_run, reference)
+    unfinished = rundir.training_dir(reference, 1, 1)
+    rundir.write_metrics(unfinished, rundir.read_metrics(unfinished)[:2])
+    fewer, metrics, weights, missing, *rest = report.compare_runs(shared_run, reference)
+    assert fewer.startswith("seed 1 fold 1: 4 rows of metrics then, 2 now")
     assert metrics.startswith("seed 1 fold 3: 2 of 4 rows") and "epoch 1 (validation)" in metrics
     assert weights.startswith("seed 2 fold 1: weights")
     assert missing.startswith("seed 2 fold 3: ") and str(reference / "seed-2" / "fold-3" / "last.pt") in missing

@@ -299,12 +299,14 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
             lines.append(f"seed {seed} fold {fold}: cannot be compared, there is no {' and no '.join(missing)}")
             continue
         rows = [rundir.read_metrics(folder) for folder in folders]
-        differing = [(then, now) for then, now in itertools.zip_longest(*rows, fillvalue={})
-                     if any(then.get(metric) != now.get(metric) for metric in METRICS)]
+        if len(rows[0]) != len(rows[1]):
+            lines.append(f"seed {seed} fold {fold}: {len(rows[0])} rows of metrics then, {len(rows[1])} now (an unfinished training "
+                         f"has fewer)")
+        differing = [(then, now) for then, now in zip(*rows) if any(then[metric] != now[metric] for metric in METRICS)]
         if differing:
-            then, now = ({metric: row.get(metric) for metric in METRICS} for row in differing[0])
+            then, now = ({metric: row[metric] for metric in METRICS} for row in differing[0])
             lines.append(f"seed {seed} fold {fold}: {len(differing)} of {len(rows[0])} rows of metrics differ, first in epoch "
-                         f"{differing[0][0].get('epoch')} ({differing[0][0].get('phase')}): {then} then, {now} now")
+                         f"{differing[0][0]['epoch']} ({differing[0][0]['phase']}): {then} then, {now} now")
         weights, others = (load_checkpoint(folder / "last.pt")["model"] for folder in folders)
         if weights.keys() != others.keys() or not all(torch.equal(weights[key], others[key]) for key in weights):
             lines.append(f"seed {seed} fold {fold}: weights differ")
