@@ -63,6 +63,17 @@ def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):
     assert ds.notes == ["1 recording lacks some of its sound, cut short or damaged: a.wav"]
 
 
+@pytest.mark.parametrize("begin, end, is_told", [(4, 11, True), (0, 6, True), (6, 11, False), (0, 0, False)])
+def test_silent_clips_of_a_longer_recording_are_told(tmp_path, begin, end, is_told):
+    sound = tone(15, 8000)
+    sound[begin * 8000:end * 8000] = 0
+    soundfile.write(tmp_path / "a.wav", sound, 8000)
+    soundfile.write(tmp_path / "b.wav", tone(5, 8000), 8000)
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold\na.wav,dog,1\nb.wav,bird,2\n")
+    ds = dsets.ESC50(tmp_path, split_long=True)
+    assert len(ds) == 4 and ds.notes == ["1 recording has silent clips: a.wav"] * is_told
+
+
 @pytest.mark.parametrize("end, is_told", [("", True), ("12.25", True), ("8.05", False), ("7", False)])
 def test_parts_of_more_than_5_s_are_told(tmp_path, end, is_told):
     soundfile.write(tmp_path / "a.wav", tone(15, 8000), 8000)
