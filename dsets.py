@@ -154,7 +154,8 @@ class ESC50(torch.utils.data.Dataset):
 
         self.features, digests, remarks = cache.load_features(
             self.root, list(zip(table["file"], table["start"], table["end"])), compute,
-            (1, self.params.n_mels, self.params.num_frames), cache.mel_params(vars(self.params)))
+            (1, self.params.n_mels, self.params.num_frames), cache.mel_params(vars(self.params)),
+            kind="logmel-parts" if split_long else "logmel")  # either keeps its own
         self.rows = torch.from_numpy(np.flatnonzero(keep))
         self.digests = [digests[row] for row in self.rows]
         self.table = table[keep].reset_index(drop=True)

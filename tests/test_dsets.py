@@ -74,6 +74,17 @@ def test_silent_clips_of_a_longer_recording_are_told(tmp_path, begin, end, is_to
     assert len(ds) == 4 and ds.notes == ["1 recording has silent clips: a.wav"] * is_told
 
 
+def test_features_with_and_without_split_long_are_kept_side_by_side(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(10, 8000), 8000)
+    soundfile.write(tmp_path / "b.wav", tone(5, 8000), 8000)
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold\na.wav,dog,1\nb.wav,bird,2\n")
+    kept = []
+    for split_long in (False, True, False):
+        dsets.ESC50(tmp_path, split_long=split_long)
+        kept.append({path.name for path in (tmp_path / "features").glob("logmel*.npy")})
+    assert [len(names) for names in kept] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("end, is_told", [("", True), ("12.25", True), ("8.05", False), ("7", False)])
 def test_parts_of_more_than_5_s_are_told(tmp_path, end, is_told):
     soundfile.write(tmp_path / "a.wav", tone(15, 8000), 8000)
