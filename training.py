@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # until there is something to save, an interrupt ends the program without a word
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # until there is something to save, an interrupt ends the program without a word
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from util import rundir

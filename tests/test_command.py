@@ -80,6 +80,16 @@ def test_a_signal_ends_the_run_with_the_line_that_resumes_it(pristine_root, tmp_
     assert signal.getsignal(signum) == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored(pristine_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "row_text", lambda row: os.kill(os.getpid(), signal.SIGINT) or "")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run("--data", pristine_root, "--run-dir", tmp_path / "run", "--epochs", 1)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_before_there_is_a_run_says_so(pristine_root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dsets, "ESC50", lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
     run("--data", pristine_root, "--run-dir", tmp_path / "run", status=130)
