@@ -236,12 +236,10 @@ def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) 
     from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
     fold = np.zeros(len(table), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=FOLDS_SEED)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of small classes, which a note tells
-            for number, (_, held_out) in enumerate(splitter.split(fold, table["category"], table["group"]), start=1):
-                fold[held_out] = number
-    except ValueError:  # fewer clips of every class than folds
-        fold[:] = 0
+    # a ValueError: fewer clips of every class than folds; warnings of small classes, which a note tells
+    with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
+        for number, (_, held_out) in enumerate(splitter.split(fold, table["category"], table["group"]), start=1):
+            fold[held_out] = number
     groups = table.groupby("category")["group"].nunique()
     if set(fold) != set(range(1, folds + 1)):
         raise UserError(f"--folds {folds}: {root} has at most {groups.max()} recordings or groups of a class, expected one for "
