@@ -35,6 +35,15 @@ def find_recordings(name: str) -> list[str]:
     return sorted(found)
 
 
+def spell_all_as_on_disk(folder: Path, names: list[str]) -> list[str]:
+    """The paths of files below a folder, each as the disk has it (`spell_as_on_disk`), for which the folder is read but once."""
+    on_disk, absent = {}, [not name.isascii() and not os.path.lexists(folder / name) for name in names]
+    if any(absent):
+        found = [Path(os.path.relpath(parent, folder), file).as_posix() for parent, _, files in os.walk(folder) for file in files]
+        on_disk = {unicodedata.normalize("NFC", path): path for path in found}
+    return [on_disk.get(unicodedata.normalize("NFC", name), name) if is_absent else name for name, is_absent in zip(names, absent)]
+
+
 def spell_as_on_disk(name: str) -> str:
     """A file's name as the disk has it, which may write an accent as a character of its own (NFD) where `name` does not (NFC).
 

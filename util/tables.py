@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from util.errors import UserError, first_ten, reason
-from util.recordings import ENDINGS, find_recordings
+from util.recordings import ENDINGS, find_recordings, spell_all_as_on_disk
 
 # ESC-50 (Piczak, ACM MM 2015): 2000 clips, 50 classes, 5 folds.
 NUM_CLASSES = 50
@@ -174,7 +174,8 @@ def read_own_table(root: Path) -> pd.DataFrame:
     inside = [not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name for name in names]
     check((names != "") & np.array(inside), "file_name", f"the path of a recording below {root}")
     check(is_printable(table["label"]), "label", "a printable name")
-    table = table.assign(file=[Path(name).as_posix() for name in names], category=table["label"].str.strip())
+    table = table.assign(file=spell_all_as_on_disk(root, [Path(name).as_posix() for name in names]),
+                         category=table["label"].str.strip())
     for column in ("start", "end"):
         if column in table:
             seconds = pd.to_numeric(table[column].replace("", "0" if column == "start" else "nan"), errors="coerce")
