@@ -49,7 +49,7 @@ from util import checkpoint as checkpoints
 from util import device as machine
 from util import rundir
 from util.config import Config, recipe_flags
-from util.tables import COLUMNS
+from util.tables import COLUMNS, ESC50_TABLE
 
 LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 60, "rest": 90}
 RECIPES = ("blog", "strong")
@@ -65,15 +65,17 @@ sys.exit(training.main(sys.argv[1:]))
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 def write_noise_root(root: Path, clips_per_class: int) -> None:
-    """Clips of 5 s of noise: 50 classes in 5 folds, the first ten ESC-10's."""
+    """Clips of 5 s of noise, once: 50 classes in 5 folds, the first ten ESC-10's."""
+    if (root / ESC50_TABLE).exists():  # it is written last
+        return
     for folder in ("audio", "meta"):
-        (root / folder).mkdir(parents=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
     rows = [(f"{number}-{target}.wav", 1 + number % 5, target, f"noise_{target}", target < 10)
             for target in range(50) for number in range(clips_per_class)]
     noise = (3000 * np.random.default_rng(0).standard_normal(dsets.CLIP_SAMPLES)).astype("<i2")
     for number, row in enumerate(rows):
         write_wav(root / "audio" / row[0], np.roll(noise, 100 * number))
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(root / "meta" / "esc50.csv", index=False)
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(root / ESC50_TABLE, index=False)
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
@@ -372,19 +374,22 @@ def run_together(args, count: int) -> dict:
 
 
 def rest(args, results: Results) -> None:
+    folder = args.out / "rest"
+    folder.mkdir()
+    run_dir, recording = folder / "predict", folder / "long.wav"
     results.attempt("tests for CUDA", lambda: command("-q", "tests/test_cuda.py", "-p", "no:cacheprovider",
                                                       program=("-m", "pytest")).stdout.splitlines()[-1])
     flags = ["--data", args.data, "--esc10", "--device", args.device, "--epochs", 1, "--precision", "fp32", "--views", 1]
     results.attempt("torchrun with one process", lambda: command(
-        "--standalone", "--nproc-per-node=1", "training.py", *flags, "--run-dir", args.out / "torchrun",
+        "--standalone", "--nproc-per-node=1", "training.py", *flags, "--run-dir", folder / "torchrun",
         program=("-m", "torch.distributed.run")) and "done")
-    results.attempt("a run to predict with", lambda: command(*flags, "--run-dir", args.out / "predict") and "done")
+    results.attempt("a run to predict with", lambda: command(*flags, "--run-dir", run_dir) and "done")
     seconds = 3600 if args.device == "cuda" else 20
-    write_wav(args.out / "long.wav", (3000 * np.random.default_rng(0).standard_normal(seconds * dsets.SAMPLE_RATE)).astype("<i2"))
+    write_wav(recording, (3000 * np.random.default_rng(0).standard_normal(seconds * dsets.SAMPLE_RATE)).astype("<i2"))
     said = []
     for device in ("cpu", args.device):
         def predict():
-            output = command(args.out / "predict", args.out / "long.wav", "--device", device, "--format", "json", "--top", 50,
+            output = command(run_dir, recording, "--device", device, "--format", "json", "--top", 50,
                              program=("predict.py",)).stdout
             said.append({(window["start_s"], guess["class"]): guess["probability"]
                          for window in json.loads(output)[0]["windows"] for guess in window["top"]})
@@ -418,10 +423,15 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_noise_root(args.noise, 40 if args.device == "cuda" else 2)
-    results = {"environment": rundir.environment(world_size=1) | {"torch": torch.__version__, "cuda": torch.version.cuda}}
+    report = args.out / "cuda.json"
+    results = json.loads(report.read_text()) if report.exists() else {}  # parts of an earlier command stay
+    results |= {"environment": rundir.environment(world_size=1) | {"torch": torch.__version__, "cuda": torch.version.cuda}}
     for part in args.parts:
         words = [sys.executable, __file__, "--part", part, "--device", args.device, "--out", args.out, "--steps", args.steps,
                  "--data", args.data]
+        kept = args.out / f"{part}.json"
+        kept.unlink(missing_ok=True)
+        shutil.rmtree(args.out / part, ignore_errors=True)  # an earlier command's trainings
         begin, output = time.perf_counter(), open(args.out / f"{part}.log", "wb")
         # a session of its own: a part that runs too long ends with all its processes
         with output, subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, start_new_session=True,
@@ -431,10 +441,9 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 status = "stopped at its time limit"
-        kept = args.out / f"{part}.json"
         results[part] = {"status": status, "s": time.perf_counter() - begin}
         results[part] |= json.loads(kept.read_text()) if kept.exists() else {}
-        (args.out / "cuda.json").write_text(json.dumps(results, indent=2) + "\n")
+        report.write_text(json.dumps(results, indent=2) + "\n")
         (args.out / "cuda.txt").write_text("\n".join(page(results)) + "\n")
         print("\n".join(page({part: results[part]})), flush=True)
 
