@@ -179,12 +179,16 @@ def replace_last(path: Path, kind: str) -> None:
         torch.save({**checkpoint, "optimizer": {"param_groups": []}}, path)
     elif kind == "weights":
         torch.save({**checkpoint, "model": {**checkpoint["model"], "fc.bias": torch.zeros(9)}}, path)
+    else:
+        others = {"model_name": "cnn4", "classes": ["sound_1", "sound_0"], "precision": "fp16"}
+        torch.save({**checkpoint, kind: others[kind]}, path)
 
 
 @pytest.mark.usefixtures("tiny", "small_pictures")
 @pytest.mark.parametrize("kind, named", [
     ("truncated", ""), ("code", ""), ("best", "optimizer"), ("another fold", "fold 3, here 1"), ("features", "top_db"),
-    ("optimizer", ""), ("weights", "fc.bias")])
+    ("optimizer", ""), ("weights", "fc.bias"), ("model_name", "cnn4, here cnn8"), ("classes", "classes ['sound_1'"),
+    ("precision", "precision fp16, here ")])
 def test_resume_refuses_a_last_checkpoint_that_is_damaged_or_anothers(reference, capsys, monkeypatch, tmp_path, kind, named):
     monkeypatch.chdir(tmp_path)
     path = reference / "seed-1" / "fold-1" / "last.pt"

@@ -27,7 +27,7 @@ import dsets
 import models
 import predict
 import training
-from conftest import CPU, error_line, last_checkpoint, PROJECT, refused, results_of, run, Tiny, train_in, write_root
+from conftest import change_table, CPU, error_line, last_checkpoint, PROJECT, refused, results_of, run, Tiny, train_in, write_root
 from util import checkpoint as checkpoints
 from util import demo, download, report, rundir
 from util import device as machine
@@ -474,7 +474,7 @@ def test_a_process_that_a_signal_ended_is_resumed_to_the_same_bits(pristine_root
 
 # --- all clips, unequal classes, predictions --------------------------------------------------------------------------
 
-def test_fold_none_trains_on_all_clips_and_validates_nothing(pristine_root, tmp_path, capsys):
+def test_fold_none_trains_on_all_clips_and_validates_nothing(pristine_root, tmp_path, capsys, monkeypatch):
     run_dir = train_in(tmp_path / "run", pristine_root, "--fold", "none")
     folder = run_dir / "seed-42" / "fold-none"
     rows = rundir.read_metrics(folder)
@@ -485,7 +485,11 @@ def test_fold_none_trains_on_all_clips_and_validates_nothing(pristine_root, tmp_
     before = (folder / "last.pt").read_bytes()
     run("--resume", run_dir)  # finished: nothing is trained again
     assert (folder / "last.pt").read_bytes() == before
-    run("--resume", run_dir, "--epochs", 3)
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(report, "write_pictures", dies_at_call(report.write_pictures, 1))
+        run("--resume", run_dir, "--epochs", 3)
+    assert not rundir.is_finished(folder, 3)  # by the curves of 2 epochs
+    run("--resume", run_dir)
     longer = train_in(tmp_path / "longer", pristine_root, "--fold", "none", "--epochs", 3)
     assert same_weights(weights_of(run_dir, fold="none"), weights_of(longer, fold="none"))
 
@@ -504,16 +508,20 @@ def test_balanced_weights_are_scikit_learns():
     assert weights[[0, 1, 3]].tolist() == pytest.approx(expected)
 
 
-def test_class_weights_multiply_the_training_loss_alone(pristine_root, tmp_path, monkeypatch):
+def test_class_weights_multiply_the_training_loss_alone(root, tmp_path, monkeypatch):
+    def one_more_validates(table):
+        table.loc[(table["fold"] == "2").idxmax(), "fold"] = "1"
+    change_table(root, one_more_validates)  # 3 and 4 of 11 clips train
     seen, forward = [], training.forward
 
     def watched(*arguments, **keywords):
         seen.append([argument for argument in arguments[7:]])
         return forward(*arguments, **keywords)
     monkeypatch.setattr(training, "forward", watched)
-    train_in(tmp_path / "run", pristine_root, "--class-weights", "balanced", "--epochs", 1)
+    train_in(tmp_path / "run", root, "--class-weights", "balanced", "--epochs", 1)
     trained = [each for each in seen if each]
-    assert len(trained) == 4 and all(torch.equal(each[0], torch.ones(2)) for each in trained) and len(seen) == 5  # one validates
+    assert all(each[0].tolist() == pytest.approx([7 / 6, 7 / 8]) for each in trained)
+    assert (len(trained), len(seen)) == (4, 6)  # the others validate
     logits, targets = torch.randn(3, 2), torch.tensor([0, 1, 1])
     weights = torch.tensor([2.0, 0.5])
     losses, _ = forward(lambda examples: logits, torch.zeros(3, 1, 100, 384), targets, "fp32", None, None, 0.0, weights)
