@@ -120,8 +120,8 @@ def test_samples_are_those_of_ffmpeg_from_the_first_to_the_last(tmp_path, capfd,
 def test_a_picture_that_begins_after_the_sound_is_passed_over(tmp_path):
     (tmp_path / "plain.wav").write_bytes(wav_bytes(noise(6)))
     picture = ["-itsoffset", "4", "-f", "lavfi", "-i", "testsrc=s=320x240:r=25:d=3", "-map", "0:a", "-map", "1:v"]
-    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tmp_path / "plain.wav", *picture, "-c:a", "aac", "-c:v", "flv",
-                    tmp_path / "a.flv"], check=True)
+    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tmp_path / "plain.wav", *picture, "-c:a", "aac",
+                    "-c:v", "flv", tmp_path / "a.flv"], check=True)
     samples, notes = decode(tmp_path / "a.flv")
     assert len(samples) / RATE == pytest.approx(6, abs=0.1) and notes == []
 

@@ -581,7 +581,7 @@ def test_mixup_adds_neighbors(dataset):
 def test_the_parts_of_all_ranks_in_a_row_are_the_batch_of_one(dataset, mixup, world_size):
     training, _ = dataset.split(1)
     options = {"views": 1, "batch_size": 5, "seed": 1, "fold": 1, "epoch": 1, "device": CPU, "mixup": mixup, "time_shift": 5.0,
-               "time_stretch": 0.25, "freq_shift": 14, "gain": 6.0, "filter_augment": 6.0}  # 16 examples: batches of 5, 5, 5 and 1
+               "time_stretch": 0.25, "freq_shift": 14, "gain": 6.0, "filter_augment": 6.0}  # 16 examples: 5, 5, 5, 1
     whole = list(dsets.training_batches(dataset, training, (-40.0, 20.0), **options))
     parts = [list(dsets.training_batches(dataset, training, (-40.0, 20.0), rank=rank, world_size=world_size, **options))
              for rank in range(world_size)]

@@ -292,8 +292,8 @@ def pcm_decoder(format_chunk: bytes, path: str | Path) -> av.AudioCodecContext |
     if tag == 0xFFFE:  # extensible: the tag stands further on
         tag = int.from_bytes(format_chunk[24:26], "little")
     if tag == 1 and bits == 24 and frame_bytes == 4 * channels:  # ALSA's S24_LE fills the lower bytes, Windows the upper ones
-        raise UserError(f"{path}: has samples of 24 bits in 4 bytes each, but does not say in which of them; record or convert it "
-                        f"to 16 or 32 bits (arecord -f S32_LE)")
+        raise UserError(f"{path}: has samples of 24 bits in 4 bytes each, but does not say in which of them; record or convert "
+                        f"it to 16 or 32 bits (arecord -f S32_LE)")
     if (tag, bits) not in PCM or not 1 <= channels <= MAX_CHANNELS or not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
         return None
     decoder = av.CodecContext.create(PCM[tag, bits], "r")

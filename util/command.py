@@ -41,7 +41,7 @@ def train_and_report(run, argv: list[str]) -> int:
     """Call run(argv, progress) and return the exit status. progress["run_dir"]: the run that --resume can continue, or None."""
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not ours to handle
     handlers = {number: signal.signal(number, Interrupted.handle) for number in (signal.SIGINT, signal.SIGTERM)
-                if in_main_thread and signal.getsignal(number) != signal.SIG_IGN}  # as a shell has it for a script's background jobs
+                if in_main_thread and signal.getsignal(number) != signal.SIG_IGN}  # as in a script's background jobs
     try:
         return run_between_handlers(run, argv, list(handlers))
     finally:

@@ -41,7 +41,7 @@ def spell_all_as_on_disk(folder: Path, names: list[str]) -> list[str]:
     if any(absent):
         found = [Path(os.path.relpath(parent, folder), file).as_posix() for parent, _, files in os.walk(folder) for file in files]
         on_disk = {unicodedata.normalize("NFC", path): path for path in found}
-    return [on_disk.get(unicodedata.normalize("NFC", name), name) if is_absent else name for name, is_absent in zip(names, absent)]
+    return [on_disk.get(unicodedata.normalize("NFC", name), name) if missing else name for name, missing in zip(names, absent)]
 
 
 def spell_as_on_disk(name: str) -> str:

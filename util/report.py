@@ -300,8 +300,8 @@ def compare_runs(run_dir: Path, other_dir: Path) -> list[str]:
             continue
         rows = [rundir.read_metrics(folder) for folder in folders]
         if len(rows[0]) != len(rows[1]):
-            lines.append(f"seed {seed} fold {fold}: {len(rows[0])} rows of metrics then, {len(rows[1])} now (an unfinished training "
-                         f"has fewer)")
+            lines.append(f"seed {seed} fold {fold}: {len(rows[0])} rows of metrics then, {len(rows[1])} now (an unfinished "
+                         f"training has fewer)")
         differing = [(then, now) for then, now in zip(*rows) if any(then[metric] != now[metric] for metric in METRICS)]
         if differing:
             then, now = ({metric: row[metric] for metric in METRICS} for row in differing[0])
