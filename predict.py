@@ -304,6 +304,7 @@ def draw(predictor: Predictor, name: str, windows: list[dict], path: Path) -> No
         feature = predictor.features(waveform[None])[0, 0].cpu()[:, frames]  # (1, 1, 220500) -> (mels, frames)
         column = ((start + params.hop_length * frames) * columns // samples).clamp(max=columns - 1)
         picture.scatter_reduce_(1, column.expand(params.n_mels, -1), feature, "amax")
+    picture[:, column[-1] + 1:] = picture[:, column[-1], None]  # a rest of less than 0.1 s has no window
     probabilities = torch.stack([row["probabilities"] for row in windows])  # (windows, classes)
     figure = report.recording_figure(picture.numpy(), params, window_edges(windows), probabilities.numpy(), predictor.classes)
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=100))

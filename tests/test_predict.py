@@ -470,6 +470,14 @@ def test_the_picture_shows_every_moment_of_a_recording(one, tmp_path, capsys, mo
     assert min(imread(tmp_path / "a.png").shape[:2]) >= 400
 
 
+def test_the_picture_has_no_gap_at_its_end(one, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", noise(10.09), SAMPLE_RATE)  # windows of 0 to 5, 3 to 8, 6 to 10.09 s; drawn up to 10 s
+    seen = []
+    monkeypatch.setattr(report, "recording_figure", lambda picture, *_: seen.append(picture) or Figure(figsize=(0.2, 0.2)))
+    call(capsys, one, tmp_path / "a.wav", "--hop", 3, "--plot", tmp_path / "a.png")
+    assert np.isfinite(seen[0]).all()
+
+
 def test_one_recording_is_drawn_or_labeled(one, wav, pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "recording_figure", lambda *arguments: Figure(figsize=(0.2, 0.2)))
