@@ -126,6 +126,27 @@ def test_a_picture_that_begins_after_the_sound_is_passed_over(tmp_path):
     assert len(samples) / RATE == pytest.approx(6, abs=0.1) and notes == []
 
 
+@needs_ffmpeg
+def test_the_sound_of_a_broadcast_recorded_from_its_middle_is_found(tmp_path):
+    (tmp_path / "plain.wav").write_bytes(wav_bytes(noise(3)))
+    film = ["-f", "lavfi", "-i", "testsrc=s=640x480:r=25:d=3", "-map", "1", "-map", "0", "-c:v", "mpeg2video", "-b:v", "8M"]
+    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tmp_path / "plain.wav", *film, "-c:a", "aac",
+                    tmp_path / "a.ts"], check=True)
+    packets = (tmp_path / "a.ts").read_bytes()[10 * 188:]  # the tables at its start are lost; the next ones come 0.1 s later
+    samples, notes = decode_bytes(tmp_path, packets)
+    assert len(samples) / RATE == pytest.approx(3, abs=0.1) and notes == []
+
+
+@needs_ffmpeg
+def test_an_m4a_cut_short_whose_table_comes_first_is_told(tmp_path):
+    (tmp_path / "plain.wav").write_bytes(wav_bytes(noise(6)))
+    subprocess.run(["ffmpeg", "-nostdin", "-loglevel", "error", "-i", tmp_path / "plain.wav", "-movflags", "+faststart",
+                    tmp_path / "a.m4a"], check=True)
+    content = (tmp_path / "a.m4a").read_bytes()
+    samples, notes = decode_bytes(tmp_path, content[:len(content) // 2])
+    assert len(samples) == pytest.approx(3 * RATE, abs=0.3 * RATE) and len(notes) == 1 and "of its 6.0 s" in notes[0]
+
+
 def test_a_large_tag_without_sound_behind_it_is_refused(tmp_path):
     size = bytes(1_500_000 >> shift & 127 for shift in (21, 14, 7, 0))  # of ID3v2: seven bits a byte
     (tmp_path / "a.mp3").write_bytes(b"ID3\x04\0\0" + size + bytes(1_500_000 + 100_000))
@@ -184,6 +205,7 @@ JUNK = bytes(range(256)) * 40  # behind the sound: ten thousand bytes
     (PLAIN + b"LIST" + struct.pack("<I", len(JUNK)) + JUNK, 6, None),
     (PLAIN + b"LIST" + struct.pack("<I", len(JUNK)) + JUNK[:5000], 6, None),  # the sound is whole
     (said(PLAIN, b"data", SIZE - 1)[:-1] + b"\0id3 " + struct.pack("<I", len(JUNK)) + JUNK, 6, None),  # odd, padded
+    (PLAIN[:12] + b"LIST" + struct.pack("<I", 3) + b"abc\0" + PLAIN[12:], 6, None),  # odd, padded
     (PLAIN[:12] + b"LIST" + struct.pack("<I", 200_000) + bytes(200_000) + PLAIN[12:], 6, None),
     (PLAIN + bytes(100), 6, None)], ids=str_of)
 def test_the_size_in_a_wav_header_neither_stops_nor_refuses(tmp_path, capfd, content, seconds, note):
