@@ -113,13 +113,24 @@ def test_compiled_code_is_not_that_of_another_number_of_threads(tmp_path, monkey
     before = torch.get_num_threads()
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        torch._dynamo.reset()  # as a new process
         torch._dynamo.utils.counters.clear()
         assert device.compile_model(torch.nn.ReLU())(torch.ones(1000))[0] == 1
         counted = torch._dynamo.utils.counters
         found.append(bool(counted["inductor"]["fxgraph_cache_hit"] or counted["aot_autograd"]["autograd_cache_hit"]))
     torch.set_num_threads(before)
     assert found == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
+def test_the_shapes_of_earlier_trainings_do_not_count(tmp_path, monkeypatch):
+    """Else those beyond the eighth would not be compiled, and have other bits."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])  # to probe them takes half a minute
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for size in (2, 3):
+            assert device.compile_model(torch.nn.ReLU())(torch.ones(size)).sum() == size
 
 
 @pytest.mark.parametrize("machine, remedy", [

@@ -75,6 +75,8 @@ def compile_model(model: torch.nn.Module) -> torch.nn.Module:
     160812): without it, a run of two threads would find the code for one, a third slower and with other bits.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it remarks on CUDA where there is none
+    # As in a new process: a network is compiled for at most 8 shapes of batches, and those of earlier trainings would count.
+    torch._dynamo.reset()
     # not dynamic: else a short batch has the code for all batches replaced, and the bits would depend on what ran before
     return torch.compile(model, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
 
