@@ -74,7 +74,8 @@ def check_hop(hop: float) -> None:
 
 
 if __name__ == "__main__":  # torch takes seconds to import: until then, answer --help and a wrong flag
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an interrupt ends without a traceback: nothing needs saving
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script's background jobs
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an interrupt ends without a traceback: nothing needs saving
     exit_on_error("predict.py", parse_args, sys.argv[1:])
 
 import torch
@@ -353,7 +354,8 @@ def run(args: argparse.Namespace) -> int:
     print({"csv": "file,window,start_s,end_s,rank,class,probability\n", "json": "["}.get(args.format, ""), end="")
     failed, interrupts = 0, []
     for number, name in enumerate(names):
-        listens = name == "-" and threading.current_thread() is threading.main_thread()  # no other may handle signals
+        listens = name == "-" and threading.current_thread() is threading.main_thread() and \
+            signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # no other thread may handle signals
         rows = predict(predictor, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold)
         try:
             with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
