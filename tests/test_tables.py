@@ -244,6 +244,7 @@ def test_links_to_one_recording_are_never_divided_and_told(tmp_path):
     (tmp_path / "dog" / "again.wav").symlink_to("../rain/0.wav")
     (tmp_path / "whole").symlink_to(".")
     _, table, notes = tables.read_table(tmp_path, folds=2)
+    assert dict(zip(table["file"], table["group"]))["rain/0.wav"] == "dog/again.wav", "by names below the folder alone"
     assert set(table["category"]) == {"rain", "dog"} and len(table) == 7
     assert table[table["file"].isin(["dog/again.wav", "rain/0.wav"])]["fold"].nunique() == 1
     assert sum("1 recordings are in several classes" in note for note in notes) == 1

@@ -224,8 +224,8 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     if loose:
         notes.append(f"recordings beside the class folders are passed over: {first_ten(loose)}")
     table = pd.DataFrame(rows, columns=["file", "category"])
-    real_root = root.resolve()  # several links to one file are one recording
-    table["group"] = [Path(os.path.relpath(os.path.realpath(root / name), real_root)).as_posix() for name in table["file"]]
+    real = [os.path.realpath(root / name) for name in table["file"]]  # several links to one file are one recording
+    table["group"] = table.groupby(real)["file"].transform("first")
     classes = table.groupby("group")["category"].nunique()
     if (classes > 1).any():
         notes.append(f"{(classes > 1).sum()} recordings are in several classes, by links (as {classes.idxmax()})")
