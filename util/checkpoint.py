@@ -92,7 +92,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
         if "model_name" in state_dict:
             checkpoint = state_dict
             check_types(checkpoint, CHECKPOINT_TYPES)
-            state_dict = checkpoint["model"]
+            state_dict, found = checkpoint["model"], mel_params(checkpoint["features"])
         else:
             state_dict["conv1.weight"] = state_dict["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 3, 7, 7) -> (64, 1, 7, 7)
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(head)}
@@ -101,8 +101,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
             f"expected {expected}"
         raise UserError(f"--pretrained {source}: cannot be read ({reason(error)}); {remedy}") from error
     if checkpoint:
-        then, now = mel_params(checkpoint["features"]), mel_params(features)
-        check_same(f"--pretrained {source}: has other features; train with the same --f-max", then, now)
+        check_same(f"--pretrained {source}: has other features; train with the same --f-max", found, mel_params(features))
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
     missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
     if missing or unexpected:
