@@ -183,7 +183,8 @@ class ESC50(torch.utils.data.Dataset):
         for row in table.to_dict("records"):
             end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
             starts = np.arange(row["start"], max(end - MIN_REST_S, row["start"]) + 1e-3, CLIP_SAMPLES / SAMPLE_RATE)
-            rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts.tolist()]
+            starts = starts.tolist() or [row["start"]]  # one far beyond the end is refused by name, where it is read
+            rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts]
         return pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
 
     def __len__(self) -> int:

@@ -49,6 +49,8 @@ def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans
     found = ds.split_long(table)
     mine = found[found["file"] == "a/a.wav"]
     assert list(zip(mine["start"], mine["end"])) == [pytest.approx(span, abs=0.01) for span in spans]
+    far = ds.split_long(pd.DataFrame({"file": ["a/a.wav"], "start": [1e14], "end": [math.nan]}))
+    assert far["start"].tolist() == [1e14]
     part = ds.split_long(pd.DataFrame({"file": ["a/a.wav"], "start": [0.25], "end": [3.0]}))
     assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)
 
