@@ -373,7 +373,7 @@ def run(argv: list[str], progress: dict) -> None:
     if config.pretrained and config.pretrained != "imagenet":
         config.pretrained = str(Path(config.pretrained).resolve())
     if "all" in config.fold:
-        config.fold = dataset.folds + [fold for fold in config.fold if fold == "none"]
+        config.fold = list(dict.fromkeys([*dataset.folds, *(fold for fold in config.fold if fold != "all")]))
     for fold in config.fold:
         dataset.split(fold)  # refuses a fold that the data does not have, before anything is trained
     model = start_model(config.model, None, dataset, 0, 0)  # for its size; refused before a folder is made

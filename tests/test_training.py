@@ -554,6 +554,19 @@ def test_flags_of_the_optimizer_the_loss_and_the_average_reach_the_training(pris
     assert len(compiled) == 1
 
 
+def test_precision_data_and_folds_are_those_of_the_flags(shared_root, tmp_path, monkeypatch):
+    seen, train_one_epoch, evaluate = [], training.train_one_epoch, training.evaluate
+    monkeypatch.setattr(training, "train_one_epoch", lambda *arguments, **keywords: seen.append(arguments[4]) or
+                        train_one_epoch(*arguments, **keywords))
+    monkeypatch.setattr(training, "evaluate", lambda *arguments: seen.append(arguments[2]) or evaluate(*arguments))
+    flags = ["--esc10", "--precision", "bf16", "--fold", "none", "all", 2, "--epochs", 1, "--views", 1]
+    run_dir = train_in(tmp_path / "run", shared_root, *flags)
+    assert set(seen) == {"bf16"}
+    assert sorted(path.name for path in (run_dir / "seed-42").iterdir()) == ["fold-1", "fold-2", "fold-3", "fold-none"]
+    assert last_checkpoint(run_dir)["classes"] == ["sound_0", "sound_1"]  # ESC-10's, of four
+    run("--data", shared_root, "--run-dir", tmp_path / "absent", "--fold", "all", 7, status=2)
+
+
 def test_predictions_csv_has_a_row_for_each_validated_clip(shared_run, pristine_root):
     tables = []
     for folder in sorted(shared_run.glob("seed-*/fold-*")):
@@ -613,7 +626,11 @@ def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pris
     expected = weights_of(other)
     for name in plain:
         assert torch.equal(loaded[name], plain[name] if name.startswith("fc.") else expected[name])
-    train_in(tmp_path / "new", pristine_root, "--pretrained", path)
+    sources, start_model = [], training.start_model
+    with monkeypatch.context() as context:
+        context.setattr(training, "start_model", lambda *arguments: sources.append(arguments[1]) or start_model(*arguments))
+        train_in(tmp_path / "new", pristine_root, "--pretrained", path)
+    assert sources[-1] == str(path)  # of the training itself
     monkeypatch.setattr(dataset, "params", dsets.FeatureParams(crop_frames=431))  # the layers take crops of any size
     loaded = training.start_model("cnn8", str(path), dataset, 1, 2).state_dict()
     assert torch.equal(loaded["conv.weight"], expected["conv.weight"])
