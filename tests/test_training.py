@@ -618,7 +618,7 @@ def test_fold_none_trains_on_a_table_with_one_fold(tmp_path, capsys):
     assert f"predict.py {run_dir}" in capsys.readouterr().out and (run_dir / "seed-42" / "fold-none" / "last.pt").exists()
 
 
-def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pristine_root, tmp_path, monkeypatch):
+def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pristine_root, tmp_path, monkeypatch, capsys):
     other = train_in(tmp_path / "other", pristine_root, "--epochs", 1)
     path = other / "seed-42" / "fold-1" / "last.pt"
     dataset = dsets.ESC50(pristine_root)
@@ -631,6 +631,10 @@ def test_a_training_starts_from_another_ones_weights_but_for_the_last_layer(pris
         context.setattr(training, "start_model", lambda *arguments: sources.append(arguments[1]) or start_model(*arguments))
         train_in(tmp_path / "new", pristine_root, "--pretrained", path)
     assert sources[-1] == str(path)  # of the training itself
+    assert f"note   {path} knows all these classes" in capsys.readouterr().out
+    checkpoints.save_checkpoint(tmp_path / "other.pt", checkpoints.load_checkpoint(path) | {"classes": ["sound_0", "another"]})
+    train_in(tmp_path / "others", pristine_root, "--pretrained", tmp_path / "other.pt", "--epochs", 1)
+    assert "knows all" not in capsys.readouterr().out
     monkeypatch.setattr(dataset, "params", dsets.FeatureParams(crop_frames=431))  # the layers take crops of any size
     loaded = training.start_model("cnn8", str(path), dataset, 1, 2).state_dict()
     assert torch.equal(loaded["conv.weight"], expected["conv.weight"])
