@@ -126,5 +126,5 @@ def busy_note() -> str:
     busy = cores * psutil.cpu_percent(interval=0.2) / 100  # over 0.2 s, while this program waits
     if busy + threads < cores + 0.5:
         return ""
-    return (f"\nnote   other programs keep {busy:.1f} of {cores} cores busy; {threads} threads beside them are often slower than "
-            f"fewer: try OMP_NUM_THREADS={max(1, cores - round(busy))} before the command")
+    return (f"\nnote   other programs keep {busy:.1f} of {cores} cores busy; {threads} threads beside them can be several times "
+            f"slower than fewer: stop, and put OMP_NUM_THREADS={max(1, cores - round(busy))} before the command")
