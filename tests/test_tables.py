@@ -67,11 +67,13 @@ HEADER = b"filename,fold,target,category,esc10"
 
 
 @pytest.mark.parametrize("content, words", [
-    pytest.param(b"\xff\xfe\x00", "UTF-8", id="not UTF-8"),
+    pytest.param("\ufefffilename,fold".encode("utf-16"), "encoding", id="UTF-16"),
+    pytest.param(HEADER + b"\na,1,0,\xe9,True\n", "encoding", id="Latin-1"),
     pytest.param(b"", "", id="empty"),
     pytest.param(b"\n\n", "", id="blank"),
     pytest.param(b"filename,fold\na,1\n", "target, category, esc10", id="columns missing"),
-    pytest.param(HEADER.replace(b",", b";") + b"\na;1;0;dog;True\n", "comma", id="semicolons"),
+    pytest.param(HEADER.replace(b",", b";") + b"\na;1;0;dog;True\n", "semicolons", id="semicolons"),
+    pytest.param(HEADER.replace(b",", b";") + b"\na;1,5;0;dog;True\n", "semicolons", id="semicolons and decimal commas"),
     pytest.param(HEADER + b'\n"a,1,0,dog,True\n', "", id="open quote"),
     pytest.param(HEADER + b"\n\na,1,0,dog\n", "line 3: esc10", id="row too short"),
     pytest.param(HEADER + b"\na,1,0,dog,True\nb,2,1,cat,True,x\n", "line 3", id="row too long"),
@@ -166,7 +168,7 @@ def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
 
 
 def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
-    root = write_table(tmp_path, "file_name,label, Fold,GROUP,group", "a.wav,x,2,p,q", "b.wav,y,1,p,r")
+    root = write_table(tmp_path, "File_Name, label, Fold,GROUP,group", "a.wav,x,2,p,q", "b.wav,y,1,p,r")
     _, table, _ = tables.read_table(root)
     assert table["fold"].tolist() == [2, 1] and table["group"].tolist() == ["q", "r"]
 

@@ -42,7 +42,8 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
                "a table": (OWN_TABLE, read_own_table)}
     found = [name for name, (table, _) in readers.items() if (root / table).exists()]
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; name a data folder, fetch ESC-50 with --download, or try --demo")
+        found = "is a file" if root.exists() else "no such folder"
+        raise UserError(f"--data {root}: {found}; name a data folder, fetch ESC-50 with --download, or try --demo")
     notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
     if not found and (root / "audio").is_dir():
         raise UserError(f"--data {root}: has audio/, but no {ESC50_TABLE}; fetch ESC-50 with --download, or add a table "
@@ -99,11 +100,18 @@ def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
         with warnings.catch_warnings(action="error"):  # of rows with too many cells
             table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skip_blank_lines=False, keep_default_na=False,
                                 index_col=False).fillna("")
+        plain = {name: name.strip().lower() for name in table}
+        table = table.rename(columns={name: meant for name, meant in plain.items() if meant in columns and meant not in table})
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
-        raise UserError(f"{path}: is not a comma-separated table in UTF-8 with the columns {', '.join(columns)} "
-                        f"({reason(error)}); {remedy}") from error
+        why = reason(error)
+        if isinstance(error, UnicodeDecodeError):
+            why, remedy = "it is in another encoding", "save it as CSV in UTF-8"
+        elif not isinstance(error, OSError) and b";" in path.read_bytes().split(b"\n")[0]:  # spreadsheets, where 0,5 is a half
+            why, remedy = "it has semicolons", "save it with commas between columns, and points in numbers"
+        raise UserError(f"{path}: is not a comma-separated table in UTF-8 with the columns {', '.join(columns)} ({why}); "
+                        f"{remedy}") from error
     table = table[(table[columns] != "").any(axis=1)]  # no blank lines
     if table.empty:
         raise UserError(f"{path}: lists no clips, expected a row for each; {remedy}")
@@ -243,8 +251,10 @@ def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) 
             fold[held_out] = number
     groups = table.groupby("category")["group"].nunique()
     if set(fold) != set(range(1, folds + 1)):
-        raise UserError(f"--folds {folds}: {root} has at most {groups.max()} recordings or groups of a class, expected one for "
-                        f"each fold; {'choose fewer folds, or ' * bool(groups.max() > 1)}add recordings")
+        most = groups.max()
+        remedy = f"add --folds {most}, or recordings" if most > 1 else "add recordings, of further groups if the table has groups"
+        raise UserError(f"--folds {folds}: {root} has at most {most} recordings or groups of a class, expected one for each "
+                        f"fold; {remedy}")
     if (groups < folds).any():
         few = [f"{name} ({count})" for name, count in groups[groups < folds].items()]
         notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them (a class with one "
