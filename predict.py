@@ -215,7 +215,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if not (path / "run.json").exists():
-        raise UserError(f"{path}: holds no checkpoint (last.pt) and no run (run.json); name a run's folder or a training's in it")
+        newest = max(path.rglob("run.json"), key=os.path.getmtime, default=None)
+        raise UserError(f"{path}: holds no checkpoint (last.pt) and no run (run.json); "
+                        + (f"did you mean {newest.parent}?" if newest else "name a run's folder or a training's in it"))
     flags = rundir.read_run_config(path)["flags"]
     folders = [rundir.training_dir(path, seed, fold) for seed, fold in itertools.product(flags["seed"], flags["fold"])]
     begun = [folder for folder in folders if (folder / "last.pt").exists()]

@@ -597,7 +597,7 @@ def test_models_that_cannot_predict_are_refused(run_dir, one, wav, tmp_path, cap
     refuse(capsys, run_dir / "seed-42", wav, words="seed-42: holds no checkpoint")
     refuse(capsys, tmp_path / "absent", wav, words="absent")
     refuse(capsys, tmp_path / "absent.pt", wav, words="absent.pt: no such file")
-    refuse(capsys, run_dir.parent, wav, words=f"{run_dir.parent}: holds no checkpoint")  # a run lies below it
+    refuse(capsys, run_dir.parent, wav, words=f"did you mean {run_dir}?")
     refuse(capsys, wav, one, words=f"{one}: is a run")
     refuse(capsys, one, tmp_path, words=f"{tmp_path}: holds no recordings")
     refuse(capsys, one, words="FILE_OR_FOLDER")
