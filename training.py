@@ -423,8 +423,8 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
         start_model(config.model, config.pretrained, dataset, 0, 0)  # refuses weights that do not fit before a folder is made
         known = [] if config.pretrained == "imagenet" else checkpoints.load_tensors(config.pretrained).get("classes", [])
         if all(name in known for name in dataset.classes):
-            dataset.notes.append(f"{config.pretrained} knows all these classes; if it learned from clips that are validated here, "
-                                 f"accuracy is too high")
+            dataset.notes.append(f"{config.pretrained} knows all these classes; if it learned from clips that are validated "
+                                 f"here, accuracy is too high")
     given = config.resume or config.run_dir
     run_dir = Path(given) if given else rundir.new_run_dir(config.tb_prefix, config.comment)
     trainings = [rundir.training_dir(run_dir, seed, fold) for seed in config.seed for fold in config.fold]

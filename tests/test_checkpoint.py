@@ -275,8 +275,8 @@ def test_pretrained_weights_that_do_not_fit_are_refused(published, tmp_path, nam
 
 def test_pretrained_files_that_hold_no_state_dict_are_refused(tmp_path):
     model = models.build_model("resnet18", 2)
-    stranger = {"model": {}, "model_name": "resnet18", "classes": [], "features": {1: 2}, "mean_std": [], "flags": {"tta_crops": 1},
-                "seed": 1, "fold": 1, "precision": "fp32", "epoch": 1, "history": []}
+    stranger = {"model": {}, "model_name": "resnet18", "classes": [], "features": {1: 2}, "mean_std": [], "seed": 1, "fold": 1,
+                "flags": {"tta_crops": 1}, "precision": "fp32", "epoch": 1, "history": []}
     for content in ([1], torch.zeros(3), {}, {1: 2}, stranger):
         torch.save(content, tmp_path / "weights.pth")
         path = str(tmp_path / "weights.pth")
