@@ -4,6 +4,7 @@ Every test names its device: a machine with a GPU tests the same as one without.
 """
 import hashlib
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from util import report, rundir
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and so would what is tested
 torch.set_num_threads(1)  # small networks are faster so, also beside other programs
 
 PROJECT = Path(__file__).resolve().parents[1]
