@@ -90,8 +90,11 @@ def check_free(root: Path, flag: str, clips: set[str] | None = None) -> None:
         raise UserError(f"{flag}: --data {root} holds other files ({'; '.join(others[:3])}); name a new folder, or an empty one")
 
 
-def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
-    """A table of text, its index the line less two. UserError if it is none, is empty, or lacks one of the columns."""
+def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = ()) -> pd.DataFrame:
+    """A table of text, its index the line less two. UserError if it is none, is empty, or lacks one of the columns.
+
+    The named columns may be written with capitals and spaces: "Fold " is meant as fold; unread, it would let a source leak.
+    """
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; divide "
                         f"the clips between several data folders")
@@ -101,7 +104,8 @@ def read_csv(path: Path, columns: list[str], remedy: str) -> pd.DataFrame:
             table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skip_blank_lines=False, keep_default_na=False,
                                 index_col=False).fillna("")
         plain = {name: name.strip().lower() for name in table}
-        table = table.rename(columns={name: meant for name, meant in plain.items() if meant in columns and meant not in table})
+        table = table.rename(columns={name: meant for name, meant in plain.items()
+                                      if meant in (*columns, *optional) and meant not in table})
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
@@ -173,9 +177,7 @@ def read_urbansound8k(root: Path) -> pd.DataFrame:
 def read_own_table(root: Path) -> pd.DataFrame:
     """metadata.csv, as Hugging Face's AudioFolder has it: file_name, label; perhaps fold, group, start and end (s)."""
     path = root / OWN_TABLE
-    table = read_csv(path, ["file_name", "label"], "fix it")
-    plain = {name: name.strip().lower() for name in table}  # "Fold " is meant as fold: unread, it would let a source leak
-    table = table.rename(columns={name: meant for name, meant in plain.items() if meant in OPTIONAL and meant not in table})
+    table = read_csv(path, ["file_name", "label"], "fix it", OPTIONAL)
     if table.columns.duplicated().any():
         raise UserError(f"{path}: has the column {table.columns[table.columns.duplicated()][0]} twice; remove one")
     check, names = checker(path, table), table["file_name"]
