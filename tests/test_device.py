@@ -103,12 +103,18 @@ def test_freed_memory_is_used_again():
     assert faults[11] - faults[5] < 3 * 65_536
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
-def test_compiled_code_is_not_that_of_another_number_of_threads(tmp_path, monkeypatch):
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """torch's compiler, with a cache of the test's own."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile wants a C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])  # to probe them takes half a minute
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
+def test_compiled_code_is_not_that_of_another_number_of_threads(compiler):
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2, 2):
@@ -122,12 +128,9 @@ def test_compiled_code_is_not_that_of_another_number_of_threads(tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use of it
-def test_the_shapes_of_earlier_trainings_do_not_count(tmp_path, monkeypatch):
+def test_the_shapes_of_earlier_trainings_do_not_count(compiler):
     """Else those beyond the eighth would not be compiled, and have other bits."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])  # to probe them takes half a minute
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for size in (2, 3):
             assert device.compile_model(torch.nn.ReLU())(torch.ones(size)).sum() == size
