@@ -420,8 +420,8 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
                   "pretrained": checkpoints.fingerprint(config.pretrained),
                   "sessions": []}  # later commands that train in the folder
     if config.pretrained and not config.resume:
-        start_model(config.model, config.pretrained, dataset, 0, 0)  # refuses weights that do not fit before a folder is made
-        known = [] if config.pretrained == "imagenet" else checkpoints.load_tensors(config.pretrained).get("classes", [])
+        model = start_model(config.model, None, dataset, 0, 0)
+        known = checkpoints.load_pretrained(model, config.pretrained, vars(dataset.params))  # refused before a folder is made
         if all(name in known for name in dataset.classes):
             dataset.notes.append(f"{config.pretrained} knows all these classes; if it learned from clips that are validated "
                                  f"here, accuracy is too high")

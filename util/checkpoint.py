@@ -74,12 +74,13 @@ def load_weights(model: torch.nn.Module, state_dict: dict, path: str | Path, str
     return keys
 
 
-def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None:
+def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> list[str]:
     """Load the weights of all layers but the last one: of a checkpoint of this program, or ResNet-18's in torchvision's layout.
 
     source: a file's path, or "imagenet" (torchvision's published weights, fetched once into torch.hub's cache).
     features: the dsets.FeatureParams of this training; a checkpoint must have the same but for the crop.
     A stem of three input channels is summed to one: a gray picture, given as three equal channels, gives the same.
+    Returns the classes that a checkpoint knows; of ImageNet weights none.
     Raises UserError if the weights cannot be fetched, read, or do not fit.
     """
     head = list(model.state_dict())[-1].rpartition(".")[0] + "."  # the last layer's name
@@ -107,3 +108,4 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> None
     if missing or unexpected:
         raise UserError(f"--pretrained {source}: does not fit {type(model).__name__}: lacks {missing[:3]}, has {unexpected[:3]} "
                         f"besides; expected {expected}")
+    return checkpoint["classes"] if checkpoint else []
