@@ -259,6 +259,13 @@ def test_folders_that_hold_no_data_set_are_refused(tmp_path, names, words):
     assert words in refused(write_sounds(tmp_path, names)) and f"--data {tmp_path}" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("inner", ["meta/esc50.csv", "metadata/UrbanSound8K.csv"])
+def test_a_folder_of_data_folders_is_no_data_folder(tmp_path, inner):
+    write_table(write_sounds(tmp_path, ["ESC-50/audio/a.wav", "demo/audio/b.wav"]), "its,columns", name=f"ESC-50/{inner}")
+    message = refused(tmp_path)  # else it would have two classes, ESC-50 and demo
+    assert f"--data {tmp_path}" in message and "ESC-50" in message and inner in message
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "absent")
 
