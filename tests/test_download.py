@@ -207,6 +207,7 @@ def test_download_replaces_no_other_data_set_of_esc50s_layout(server, published,
     with pytest.raises(UserError, match=f"{root}.*{name}"):
         download.download(root, server.url)
     assert len(server.ranges) == requests and files_of(root) == before
+    assert (tmp_path / "ESC-50.zip.part").exists() == bool(requests), "what was fetched is good: it is kept for the next call"
 
 
 def test_download_replaces_no_file_but_clips_and_the_table(server, published, tmp_path):

@@ -26,14 +26,14 @@ PAUSE = 1.0  # seconds between connections
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # other OSErrors are the archive's
 
 
-def download(root: Path, url: str = "") -> None:
+def download(root: Path, url: str = ESC50_URL) -> None:
     """Fetch the published ESC-50 archive into `root`; do nothing where the data is already complete.
 
     A broken transfer continues where it stopped, also in a later call. Everything is unpacked and checked beside the root
     before the first file is moved into it. Raises UserError if the archive cannot be fetched or is not complete, or if the root
     holds something else.
     """
-    url, root = url or ESC50_URL, root.resolve()  # resolved: what is beside a link may be another file system
+    root = root.resolve()  # resolved: what is beside a link may be another file system
     if not root.name:
         raise UserError(f"--data {root}: cannot be the data's own folder; name one below it")
     if (root / ESC50_TABLE).is_file() and not problems(root):
@@ -46,16 +46,17 @@ def download(root: Path, url: str = "") -> None:
         fetch(url, archive)
         shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed attempt
         try:
-            source = unpack(archive, unpacked, url)
-            if found := problems(source):
-                raise UserError(f"--download: the archive from {url} is not complete: {first_ten(found)}; try again later")
+            try:
+                source = unpack(archive, unpacked, url)
+                if found := problems(source):
+                    raise UserError(f"--download: the archive from {url} is not complete: {first_ten(found)}; try again later")
+            except UserError:
+                archive.unlink()  # a further attempt must not continue from it
+                raise
             check_free(root, "--download", set(read_esc50(source)["filename"]))
             (root / ESC50_TABLE).parent.mkdir(parents=True, exist_ok=True)
             os.replace(source / ESC50_TABLE, root / ESC50_TABLE)  # first: if the rest is cut off, a later call goes on
             shutil.copytree(source, root, copy_function=move, dirs_exist_ok=True)
-        except UserError:
-            archive.unlink()  # a further attempt must not continue from it
-            raise
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
         archive.unlink()
@@ -112,7 +113,9 @@ def unpack(archive: Path, folder: Path, url: str) -> Path:
             if sum(member.file_size for member in zipped.infolist()) > MAX_UNPACKED_BYTES:
                 raise ValueError(f"it would unpack to more than {MAX_UNPACKED_BYTES / 1e9:.0f} GB")
             zipped.extractall(folder)  # keeps names within the folder, makes no links, reads no more than file_size says
-        return next(folder.glob("*/meta/esc50.csv"), folder / "none/meta/esc50.csv").parents[1]
+        if not (table := next(folder.glob(f"*/{ESC50_TABLE.as_posix()}"), None)):
+            raise ValueError(f"it holds no {ESC50_TABLE}")
+        return table.parents[1]
     except Exception as error:  # zipfile and its decompressors raise a dozen types
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
@@ -130,5 +133,5 @@ def problems(root: Path) -> list[str]:
 
     if problem := check(read_esc50, root):
         return [problem]
-    problems = in_threads(lambda name: check(load_waveform, root / "audio" / name), read_esc50(root)["filename"], "check")
-    return list(filter(None, problems))
+    found = in_threads(lambda name: check(load_waveform, root / "audio" / name), read_esc50(root)["filename"], "check")
+    return list(filter(None, found))
