@@ -109,7 +109,7 @@ def test_later_commands_are_recorded_as_sessions(pristine_root, tmp_path, monkey
 def test_git_is_not_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert rundir.git("rev-parse", "HEAD") is None
-    assert rundir.environment(1)["git"] == {"commit": None, "dirty": False}
+    assert rundir.environment(1)["git"] == {"commit": None, "dirty": None}, "nobody knows"
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

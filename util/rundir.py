@@ -29,14 +29,15 @@ ROW_TYPES = {"seed": int, "fold": (int, str), "epoch": int, "phase": str, "loss"
 
 
 def environment(world_size: int) -> dict:
-    """Versions, hardware and code of this process, for run.json. world_size: of how many it is one."""
+    """Versions, hardware and code of this process, for run.json. world_size: the number of processes."""
     import torch
     hardware = {"system": platform.platform(), "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
                 "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(), "world_size": world_size,
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
-    commit = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "-s"))}
+    changes = git("status", "-s")
+    commit = {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
     return {"versions": versions, "hardware": hardware, "git": commit}
 
 
@@ -120,7 +121,7 @@ def check_same_data(run_dir: Path, then: dict, now: dict) -> None:
 def check_same_run(run_dir: Path, then: dict, now: dict) -> None:
     """Raise UserError where a run cannot go on to the same figures: other processes, features, versions or data."""
     sizes = [{"processes": run_config["hardware"]["world_size"]} for run_config in (then, now)]
-    versions = [run_config["versions"] | {"python": ""} for run_config in (then, now)]
+    versions = [run_config["versions"] | {"python": ""} for run_config in (then, now)]  # another Python may continue
     check_same(f"{run_dir}: cannot continue here; launch the same number (torchrun --nproc-per-node), or start a new run", *sizes)
     check_same(f"{run_dir}: has other features; use the same, or start a new run", then["features"], now["features"])
     check_same(f"{run_dir}: cannot continue here; install the former, or start a new run", *versions)
