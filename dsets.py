@@ -178,13 +178,13 @@ class ESC50(torch.utils.data.Dataset):
         lengths, _, remarks = cache.load_features(self.root, [(name, 0.0, 0.0) for name in files], lambda path, spans, remarks: [
             np.float32([count_seconds(path, remarks)])], (1,), {}, kind="seconds")
         self.tell(remarks, files)
-        seconds = dict(zip(files, lengths[:, 0].tolist()))
+        seconds, clip_s = dict(zip(files, lengths[:, 0].tolist())), CLIP_SAMPLES / SAMPLE_RATE
         rows = []
         for row in table.to_dict("records"):
             end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
-            starts = np.arange(row["start"], max(end - MIN_REST_S, row["start"]) + 1e-3, CLIP_SAMPLES / SAMPLE_RATE)
-            starts = starts.tolist() or [row["start"]]  # one far beyond the end is refused by name, where it is read
-            rows += [row | {"start": start, "end": min(start + CLIP_SAMPLES / SAMPLE_RATE, end)} for start in starts]
+            count = math.ceil((end - row["start"] - MIN_REST_S + 1e-3) / clip_s)
+            starts = [row["start"] + clip_s * index for index in range(max(1, count))]  # beyond the end: refused where it is read
+            rows += [row | {"start": start, "end": min(start + clip_s, end)} for start in starts]
         return pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
 
     def __len__(self) -> int:
@@ -306,6 +306,12 @@ def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, para
     return features[rows[:, None, None], 0, mels[:, :, None], frames[:, None, :]].unsqueeze(1)  # -> (B, 1, 100, 384)
 
 
+def validation_crops(features: torch.Tensor, rows: torch.Tensor, params: FeatureParams, tta_crops: int) -> torch.Tensor:
+    """The crops (crops * B, 1, 100, 384) of rows (B,) that validation sees: all first crops, then all second ones."""
+    corners = validation_corners(params, tta_crops).to(features.device)  # (crops, 2)
+    return crop(features, rows.repeat(len(corners)), corners.repeat_interleave(len(rows), dim=0), params)
+
+
 def draw_masks(count: int, generator: torch.Generator, params: FeatureParams, freq_mask_param: int,
                time_mask_param: int) -> torch.Tensor:
     """SpecAugment's random bands (count, 4, 2), each [start, end): two of mels, then two of frames, int64.
@@ -348,7 +354,7 @@ def draw_lam(count: int, alpha: float, generator: torch.Generator) -> torch.Tens
     From a Beta(alpha, alpha) distribution (mixup: Zhang et al., ICLR 2018), the larger part always the example's own. Only
     the generator's seed is used: torch draws no Beta from a generator.
     """
-    lam = np.random.default_rng(generator.initial_seed() % 2 ** 64).beta(alpha, alpha, count)
+    lam = np.random.default_rng(generator.initial_seed()).beta(alpha, alpha, count)
     return torch.from_numpy(np.maximum(lam, 1 - lam).astype(np.float32))
 
 
@@ -436,9 +442,8 @@ def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[fl
     All clips' first crops come first, then all their second ones. Rank r gets every world_size-th batch from the r-th on:
     the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
     """
-    corners = validation_corners(dataset.params, tta_crops).to(dataset.features.device)
     for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size] if len(indices) else ():
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
-        examples = crop(dataset.features, rows.repeat(len(corners)), corners.repeat_interleave(len(batch), dim=0), dataset.params)
+        examples = validation_crops(dataset.features, rows, dataset.params, tta_crops)  # -> (crops * B, 1, 100, 384)
         yield normalize(examples.to(device), *mean_std), dataset.targets[batch].to(device), positions

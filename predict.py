@@ -128,15 +128,13 @@ class Network(torch.nn.Module):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Mel-spectrograms (B, 1, 128, 431) in dB -> probabilities (B, classes), float32."""
-        count, device = len(features), features.device
-        corners = dsets.validation_corners(self.params, self.tta_crops).to(device)  # (crops, 2)
-        rows = torch.arange(count, device=device).repeat(len(corners))  # -> (crops * B,)
-        examples = dsets.crop(features, rows, corners.repeat_interleave(count, dim=0), self.params)
-        examples = dsets.normalize(examples, self.mean, self.std)  # (crops * B, 1, 100, 384)
+        rows = torch.arange(len(features), device=features.device)
+        examples = dsets.validation_crops(features, rows, self.params, self.tta_crops)  # -> (crops * B, 1, 100, 384)
+        examples = dsets.normalize(examples, self.mean, self.std)
         examples = examples.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.network(examples)  # -> (crops * B, classes)
-        return logits.float().unflatten(0, (len(corners), count)).mean(dim=0).softmax(dim=1)  # -> (B, classes)
+        return logits.float().unflatten(0, (-1, len(rows))).mean(dim=0).softmax(dim=1)  # -> (B, classes)
 
 
 class Predictor:
@@ -206,7 +204,7 @@ def choose_model(names: list[str]) -> tuple[str | Path, list[str]]:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint that a file is or a training's folder holds; for a run's folder those of all finished trainings.
+    """The checkpoints that a path names: a file itself, a training's last.pt, or those of all finished trainings of a run.
 
     Says on stderr how many these are, where a run has several trainings. Raises UserError if there are none.
     """
@@ -279,8 +277,8 @@ def print_recording(name: str, windows: list[dict], mean: dict, form: str, is_fi
     elif form == "labels":
         edges = window_edges(windows)
         for label, group in itertools.groupby(range(len(windows)), lambda index: windows[index]["top"][0]["class"]):
-            first, *_, last = [*group] * 2
-            print(f"{edges[first]:.6f}\t{edges[last + 1]:.6f}\t{printable(label)}\n" if label != "-" else "", end="")
+            indices = list(group)
+            print(f"{edges[indices[0]]:.6f}\t{edges[indices[-1] + 1]:.6f}\t{printable(label)}\n" if label != "-" else "", end="")
     else:
         print(f"{printable(name)} ({mean['end_s']:.1f} s)\n" if form == "table" else "", end="")
         for row in [mean] if form == "table" and len(windows) == 1 else [mean, *windows]:  # a single window is the mean
@@ -363,9 +361,10 @@ def run(args: argparse.Namespace) -> int:
             with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
                 if name == "-" and args.format in ("table", "csv", "jsonl"):
                     print("-\n" if args.format == "table" else "", end="")
-                    for mean in rows:  # each as soon as it is heard; the mean is the last
-                        print_row(name, mean, args.format)
+                    for row in rows:  # each as soon as it is heard; the mean is the last
+                        print_row(name, row, args.format)
                         sys.stdout.flush()
+                    mean = row
                 else:
                     *windows, mean = rows
                     print_recording(name, windows, mean, args.format, is_first=number == failed)
