@@ -197,7 +197,7 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int] = (1, 100, 384)
     rows = []
 
     def shapes(value) -> str:
-        if isinstance(value, (tuple, list)):  # as a GRU returns
+        if isinstance(value, (tuple, list)):  # inputs always are, and what a GRU returns
             return ", ".join(map(shapes, value))
         return str(tuple(value.shape))
 

@@ -231,7 +231,7 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
     options = {name: getattr(config, name) for name in AUGMENTATIONS} | {"seed": seed, "fold": fold}
     class_weights = balanced_weights(dataset.targets[training], len(dataset.classes)).to(device) if config.class_weights else None
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    for name in ("report.csv", "curves.png"):
+    for name in ("report.csv", "curves.png") if dist.rank() == 0 else ():
         (folder / name).unlink(missing_ok=True)  # they would say that the training is finished
     board = report.Board(folder, history, examples_per_epoch,
                          lambda: first_examples(dataset, training, mean_std, config.batch_size, options))
@@ -252,12 +252,12 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
         evaluated = evaluate(eval_model if ema else model, batches, config.precision)
         end = time.perf_counter()
         rows, phases = [], [("training", trained, middle - start), ("validation", evaluated[:3], end - middle)]
-        for phase, results, seconds in phases if len(validation) else phases[:1]:
-            if not results[0].isfinite().all():
-                step = int((~results[0].isfinite()).nonzero()[0]) // config.batch_size + 1
+        for phase, outcome, seconds in phases if len(validation) else phases[:1]:
+            if not outcome[0].isfinite().all():
+                step = int((~outcome[0].isfinite()).nonzero()[0]) // config.batch_size + 1
                 raise UserError(f"--lr {config.lr:g}: the loss is not finite in epoch {epoch}, {phase} step {step} of {folder} "
                                 f"(epochs saved in last.pt: {epoch - 1}); start a new run with a lower --lr")
-            rows.append({"seed": seed, "fold": fold, "epoch": epoch, "phase": phase, **compute_metrics(*results),
+            rows.append({"seed": seed, "fold": fold, "epoch": epoch, "phase": phase, **compute_metrics(*outcome),
                          "seconds": round(seconds, 3), "lr": lrs[-1]})
         if dist.rank() > 0:
             continue
@@ -279,16 +279,17 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
         print(f"{epoch:>4}/{config.epochs:<4} | {row_text(rows[0])} {examples_per_s:>10.0f} | {validated}", flush=True)
     if dist.rank() > 0:
         return
-    rundir.write_metrics(folder, history)
+    rundir.write_metrics(folder, history)  # again: a training that was killed after its last epoch may lack it
     results = dataset.targets[validation], predictions, dataset.classes
     report.write_predictions(folder, dataset.table.iloc[validation.numpy()], *results, probabilities)
     confusion = report.write_pictures(folder, history, *results)
     board.add_results(confusion, vars(config) | {"seed": seed, "fold": fold}, history[-1])
     if len(validation):
         report.write_report(folder, *results)  # the last file of a finished training
-    trained, validated = (sum(row["seconds"] for row in history[first_row:] if row["phase"] == phase)
-                          for phase in ("training", "validation"))
-    print(f"{trained:.1f} s of training, {validated:.1f} s of validation, {time.perf_counter() - begin:.1f} s with all the rest")
+    training_s, validation_s = (sum(row["seconds"] for row in history[first_row:] if row["phase"] == phase)
+                                for phase in ("training", "validation"))
+    print(f"{training_s:.1f} s of training, {validation_s:.1f} s of validation, {time.perf_counter() - begin:.1f} s with all the "
+          f"rest")
 
 
 def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -376,15 +377,15 @@ def run(argv: list[str], progress: dict) -> None:
         config.fold = list(dict.fromkeys([*dataset.folds, *(fold for fold in config.fold if fold != "all")]))
     for fold in config.fold:
         dataset.split(fold)  # refuses a fold that the data does not have, before anything is trained
-    model = start_model(config.model, None, dataset, 0, 0)  # for its size; refused before a folder is made
-    run_dir = start_run(argv, config, dataset) if dist.rank() == 0 else ""
+    model = start_model(config.model, None, dataset, 0, 0)  # refused before a folder is made; its size is printed
+    run_dir = start_run(argv, config, dataset, model) if dist.rank() == 0 else ""
     progress["run_dir"] = run_dir = Path(dist.broadcast(str(run_dir)))
     torch.set_num_threads(rundir.read_run_config(run_dir)["hardware"]["threads"])  # sums are split by thread: as many as at first
     counts, parameters = dataset.table["category"].value_counts(), sum(parameter.numel() for parameter in model.parameters())
     sizes = f"{counts.min()} clips of {counts.idxmin()} to {counts.max()} of {counts.idxmax()}"
     sizes = printable(sizes if counts.nunique() > 1 else f"{counts.max()} clips of each class")
-    print(f"run    {shlex.quote(str(run_dir))}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} parameters, "
-          f"{config.precision} on {config.device}, processes: {dist.world_size()}, threads of each: "
+    print(f"run    {shlex.quote(run_dir.as_posix())}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} "
+          f"parameters, {config.precision} on {config.device}, processes: {dist.world_size()}, threads of each: "
           f"{torch.get_num_threads()}{note}", *(f"note   {printable(text)}" for text in dataset.notes), sep="\n", flush=True)
     with machine.own_stream(device):
         if device.type == "cuda" and dataset.features.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -404,15 +405,15 @@ def run(argv: list[str], progress: dict) -> None:
     targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in folds}
     summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
     if "none" in config.fold:
-        print(f"\nfold none validates nothing; predict with: python predict.py {shlex.quote(str(run_dir))} RECORDING")
+        print(f"\nfold none validates nothing; predict with: python predict.py {shlex.quote(run_dir.as_posix())} RECORDING")
     if summary["trainings"]:
-        print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote(str(run_dir / 'summary.json'))}")
+        print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote((run_dir / 'summary.json').as_posix())}")
     if config.rerun:
         print(f"\ncompared with {config.rerun}:", *report.compare_runs(Path(config.rerun), run_dir), sep="\n")
 
 
-def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
-    """The folder of a run that starts, is joined or is resumed, with its run.json."""
+def start_run(argv: list[str], config: Config, dataset: dsets.ESC50, model: torch.nn.Module) -> Path:
+    """The folder of a run that starts, is joined or is resumed, with its run.json. model: of the flags, to try --pretrained."""
     run_config = {"command": ["training.py", *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                   "flags": vars(config) | {"run_dir": None, "resume": None, "rerun": None}, "features": vars(dataset.params),
                   **rundir.environment(dist.world_size()),
@@ -420,7 +421,6 @@ def start_run(argv: list[str], config: Config, dataset: dsets.ESC50) -> Path:
                   "pretrained": checkpoints.fingerprint(config.pretrained),
                   "sessions": []}  # later commands that train in the folder
     if config.pretrained and not config.resume:
-        model = start_model(config.model, None, dataset, 0, 0)
         known = checkpoints.load_pretrained(model, config.pretrained, vars(dataset.params))  # refused before a folder is made
         if all(name in known for name in dataset.classes):
             dataset.notes.append(f"{config.pretrained} knows all these classes; if it learned from clips that are validated "

@@ -129,7 +129,7 @@ def compute_features(root: Path, files: dict, path: Path, compute, shape: tuple[
                 except UserError as error:
                     errors[index] = str(error)
 
-        # One clip a thread: its spectrum stays in the processor's cache, which a batch's does not.
+        # One file a thread, clip by clip: a clip's spectrum stays in the processor's cache, which a batch's does not.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

@@ -104,7 +104,8 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> list
     if checkpoint:
         check_same(f"--pretrained {source}: has other features; train with the same --f-max", found, mel_params(features))
     missing, unexpected = load_weights(model, state_dict, f"--pretrained {source}", strict=False)
-    missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]  # of 0.4.1
+    # num_batches_tracked: new in torch 0.4.1
+    missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise UserError(f"--pretrained {source}: does not fit {type(model).__name__}: lacks {missing[:3]}, has {unexpected[:3]} "
                         f"besides; expected {expected}")

@@ -87,9 +87,10 @@ def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
     except Interrupted as interruption:
         stopped, status = "interrupted", 128 + interruption.args[0]
     if stopped:
-        again = f"{dist.launcher()} training.py --resume {shlex.quote(str(progress['run_dir']))}"
-        message = stopped + (f"; all whole epochs are saved; continue with: {again}" if progress["run_dir"] else
-                             "; no training had begun, the same command starts again")
+        message = f"{stopped}; no training had begun, the same command starts again"
+        if run_dir := progress["run_dir"]:
+            message = (f"{stopped}; all whole epochs are saved; continue with: {dist.launcher()} training.py --resume "
+                       f"{shlex.quote(run_dir.as_posix())}")
     if dist.is_first_to_ask():
         print_error("training.py" if status == 2 else "\ntraining.py", message)  # on a line of its own, after the terminal's ^C
     return status
