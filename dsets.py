@@ -306,9 +306,8 @@ def crop(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, para
     return features[rows[:, None, None], 0, mels[:, :, None], frames[:, None, :]].unsqueeze(1)  # -> (B, 1, 100, 384)
 
 
-def validation_crops(features: torch.Tensor, rows: torch.Tensor, params: FeatureParams, tta_crops: int) -> torch.Tensor:
-    """The crops (crops * B, 1, 100, 384) of rows (B,) that validation sees: all first crops, then all second ones."""
-    corners = validation_corners(params, tta_crops).to(features.device)  # (crops, 2)
+def validation_crops(features: torch.Tensor, rows: torch.Tensor, corners: torch.Tensor, params: FeatureParams) -> torch.Tensor:
+    """The crops (crops * B, 1, 100, 384) at corners (crops, 2) of rows (B,): all first crops, then all second ones."""
     return crop(features, rows.repeat(len(corners)), corners.repeat_interleave(len(rows), dim=0), params)
 
 
@@ -442,8 +441,9 @@ def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[fl
     All clips' first crops come first, then all their second ones. Rank r gets every world_size-th batch from the r-th on:
     the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
     """
+    corners = validation_corners(dataset.params, tta_crops).to(dataset.features.device)  # (crops, 2)
     for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size] if len(indices) else ():
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
-        examples = validation_crops(dataset.features, rows, dataset.params, tta_crops)  # -> (crops * B, 1, 100, 384)
+        examples = validation_crops(dataset.features, rows, corners, dataset.params)  # -> (crops * B, 1, 100, 384)
         yield normalize(examples.to(device), *mean_std), dataset.targets[batch].to(device), positions

@@ -129,7 +129,8 @@ class Network(torch.nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Mel-spectrograms (B, 1, 128, 431) in dB -> probabilities (B, classes), float32."""
         rows = torch.arange(len(features), device=features.device)
-        examples = dsets.validation_crops(features, rows, self.params, self.tta_crops)  # -> (crops * B, 1, 100, 384)
+        corners = dsets.validation_corners(self.params, self.tta_crops).to(features.device)  # (crops, 2)
+        examples = dsets.validation_crops(features, rows, corners, self.params)  # -> (crops * B, 1, 100, 384)
         examples = dsets.normalize(examples, self.mean, self.std)
         examples = examples.contiguous(memory_format=torch.channels_last)
         with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
