@@ -111,8 +111,8 @@ class Network(torch.nn.Module):
             self.tta_crops, self.precision = checkpoint["flags"]["tta_crops"], checkpoint["precision"]
             if not (math.isfinite(self.mean) and 0 < self.std < math.inf and self.tta_crops in TTA_CROPS):
                 raise ValueError(f"mean {self.mean}, std {self.std}, {self.tta_crops} crops")
-            self.network = models.build_model(checkpoint["model_name"], len(self.classes), self.params.input_shape)
-            checkpoints.load_weights(self.network, checkpoint["model"], path)
+            self.model = models.build_model(checkpoint["model_name"], len(self.classes), self.params.input_shape)
+            checkpoints.load_weights(self.model, checkpoint["model"], path)
             self.log_mel = dsets.LogMel(self.params)
         except (TypeError, ValueError, RuntimeError) as error:  # UserError is a ValueError
             raise UserError(f"{path}: cannot predict ({reason(error)}); name another checkpoint, or train it again") from error
@@ -134,7 +134,7 @@ class Network(torch.nn.Module):
         examples = dsets.normalize(examples, self.mean, self.std)
         examples = examples.contiguous(memory_format=torch.channels_last)
         with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(examples)  # -> (crops * B, classes)
+            logits = self.model(examples)  # -> (crops * B, classes)
         return logits.float().unflatten(0, (-1, len(rows))).mean(dim=0).softmax(dim=1)  # -> (B, classes)
 
 

@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 from util import rundir
 from util.config import LOCATION_FLAGS, Config, parse_args
-from util.errors import UserError, exit_on_error, printable, reason
+from util.errors import UserError, as_argument, exit_on_error, printable, reason
 
 if "RANK" in os.environ:  # under torchrun, where one of the processes answers a wrong flag (main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of what dist.parallel needs
@@ -146,6 +145,9 @@ def lr_at_step(step: int, total_steps: int, lr: float, lr_schedule: str) -> floa
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
 def build_optimizer(model: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the flags; on CUDA one that a `machine.Recorder` can record, its learning rate a tensor."""
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
@@ -188,7 +190,6 @@ class EMA:
 AUGMENTATIONS = ("views", "freq_mask", "time_mask", "mixup", "time_shift", "time_stretch", "freq_shift", "gain",
                  "filter_augment")  # of training_batches
 ROW_HEAD = "{:>10}: loss  acc%  prec%   rec%    F1%      s"
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def feature_params(config: Config) -> dsets.FeatureParams:
@@ -384,7 +385,7 @@ def run(argv: list[str], progress: dict) -> None:
     counts, parameters = dataset.table["category"].value_counts(), sum(parameter.numel() for parameter in model.parameters())
     sizes = f"{counts.min()} clips of {counts.idxmin()} to {counts.max()} of {counts.idxmax()}"
     sizes = printable(sizes if counts.nunique() > 1 else f"{counts.max()} clips of each class")
-    print(f"run    {shlex.quote(run_dir.as_posix())}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} "
+    print(f"run    {as_argument(run_dir)}\ndata   {dataset}; {sizes}\nmodel  {config.model}, {parameters:,} "
           f"parameters, {config.precision} on {config.device}, processes: {dist.world_size()}, threads of each: "
           f"{torch.get_num_threads()}{note}", *(f"note   {printable(text)}" for text in dataset.notes), sep="\n", flush=True)
     with machine.own_stream(device):
@@ -405,9 +406,9 @@ def run(argv: list[str], progress: dict) -> None:
     targets = {fold: dataset.targets[dataset.split(fold)[1]] for fold in folds}
     summary = report.write_summary(run_dir, config.epochs, targets, dataset.classes)
     if "none" in config.fold:
-        print(f"\nfold none validates nothing; predict with: python predict.py {shlex.quote(run_dir.as_posix())} RECORDING")
+        print(f"\nfold none validates nothing; predict with: python predict.py {as_argument(run_dir)} RECORDING")
     if summary["trainings"]:
-        print(f"\n{report.summary_table(summary)}\n\nsummary {shlex.quote((run_dir / 'summary.json').as_posix())}")
+        print(f"\n{report.summary_table(summary)}\n\nsummary {as_argument(run_dir / 'summary.json')}")
     if config.rerun:
         print(f"\ncompared with {config.rerun}:", *report.compare_runs(Path(config.rerun), run_dir), sep="\n")
 

@@ -360,9 +360,9 @@ def checkpoint(data):
     with Case("checkpoint") as folder, mock.patch.dict(models.MODELS, cnn8=Small), warnings.catch_warnings(action="ignore"):
         (folder / "last.pt").write_bytes(content)
         try:
-            predictor = predict.Network(folder / "last.pt")
-            assert all(tensor.isfinite().all() for tensor in predictor.network.state_dict().values())
-            assert predictor(torch.zeros(1, 1, 220_500)).shape == (1, len(predictor.classes))
+            network = predict.Network(folder / "last.pt")
+            assert all(tensor.isfinite().all() for tensor in network.model.state_dict().values())
+            assert network(torch.zeros(1, 1, 220_500)).shape == (1, len(network.classes))
         finally:
             assert not EXECUTED.exists(), "a pickle was executed"
 

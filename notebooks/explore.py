@@ -46,7 +46,7 @@ def redraw_mel(axes, feature: torch.Tensor, params: dsets.FeatureParams, *corner
     """report.draw_mel in place of the axes' last picture: axes that stay take half the time of new ones."""
     for artist in (*axes.images, *axes.patches):
         artist.remove()
-    return report.draw_mel(axes, feature.numpy(), params, SAMPLE_RATE, *corner, **options)
+    return report.draw_mel(axes, feature.numpy(), params, *corner, **options)
 
 
 class ClipMenu(widgets.HBox):

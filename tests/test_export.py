@@ -57,20 +57,20 @@ def test_the_graph_is_the_whole_way_from_waveform_to_probabilities(checkpoint, s
 def test_the_graph_of_several_crops(shared_root, tmp_path, tta_crops, crop_mels):
     checkpoint = write_checkpoint(tmp_path / "run", shared_root, "--tta-crops", tta_crops, "--crop-mels", crop_mels)
     waveforms = waveforms_of(shared_root)
-    predictor = predict.Network(checkpoint)
-    assert predictor.tta_crops == tta_crops
-    assert export.export_onnx(predictor, tmp_path / "a.onnx") < export.TOLERANCE  # compares the two itself
-    assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - predictor(waveforms).numpy()).max() < export.TOLERANCE
+    network = predict.Network(checkpoint)
+    assert network.tta_crops == tta_crops
+    assert export.export_onnx(network, tmp_path / "a.onnx") < export.TOLERANCE  # compares the two itself
+    assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - network(waveforms).numpy()).max() < export.TOLERANCE
 
 
 @pytest.mark.slow
 def test_the_graph_has_the_features_of_the_checkpoint(shared_root, tmp_path):
     flags = ["--f-max", 16_000, "--crop-mels", 50]
-    predictor = predict.Network(write_checkpoint(tmp_path / "run", shared_root, *flags))
-    assert predictor.params.input_shape == (1, 50, 384)
-    export.export_onnx(predictor, tmp_path / "a.onnx")
+    network = predict.Network(write_checkpoint(tmp_path / "run", shared_root, *flags))
+    assert network.params.input_shape == (1, 50, 384)
+    export.export_onnx(network, tmp_path / "a.onnx")
     waveforms = waveforms_of(shared_root)
-    assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - predictor(waveforms).numpy()).max() < export.TOLERANCE
+    assert np.abs(probabilities(tmp_path / "a.onnx", waveforms) - network(waveforms).numpy()).max() < export.TOLERANCE
 
 
 @pytest.mark.slow

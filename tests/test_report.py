@@ -75,7 +75,7 @@ def test_a_tone_is_drawn_at_its_frequency_and_time(params):
     mel = (power * np.arange(len(power))).sum() / power.sum()  # between two filters
     for low, first in ((0, 0), (5, 100)):
         axes = Figure().subplots()
-        image = report.draw_mel(axes, feature[low:, first:], params, dsets.SAMPLE_RATE, low, first)
+        image = report.draw_mel(axes, feature[low:, first:], params, low, first)
         ticks = {label.get_text(): position for label, position in zip(axes.get_yticklabels(), axes.get_yticks())}
         left, right, bottom, top = image.get_extent()
         height, width = feature[low:, first:].shape
@@ -120,7 +120,7 @@ def test_a_class_activation_map_is_drawn_where_the_network_heard_it(name, mel, f
     with torch.inference_mode():
         activations = models.class_activation_maps(model, example)[0, 0].numpy()
     axes, params = Figure().subplots(), dsets.FeatureParams()
-    image = report.draw_activation_map(axes, example[0, 0].numpy(), activations, params, dsets.SAMPLE_RATE, 14, 23, 1.0)
+    image = report.draw_activation_map(axes, example[0, 0].numpy(), activations, params, 14, 23, 1.0)
     row, column = np.unravel_index(activations.argmax(), activations.shape)
     left, right, bottom, top = image.get_extent()
     assert bottom + (row + 0.5) * (top - bottom) / activations.shape[0] == pytest.approx(14 + mel)

@@ -1,6 +1,5 @@
 """How the commands end: signals, a full disk or memory, a closed pipe; each told in one line, with an exit status."""
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -9,7 +8,7 @@ import torch
 
 from util import device as machine
 from util import dist
-from util.errors import UserError, print_error, reason
+from util.errors import UserError, as_argument, print_error, reason
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,7 +89,7 @@ def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
         message = f"{stopped}; no training had begun, the same command starts again"
         if run_dir := progress["run_dir"]:
             message = (f"{stopped}; all whole epochs are saved; continue with: {dist.launcher()} training.py --resume "
-                       f"{shlex.quote(run_dir.as_posix())}")
+                       f"{as_argument(run_dir)}")
     if dist.is_first_to_ask():
         print_error("training.py" if status == 2 else "\ntraining.py", message)  # on a line of its own, after the terminal's ^C
     return status

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import reprlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def reason(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text with its control characters, which a terminal would obey, written as escapes."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def as_argument(path: Path) -> str:
+    """A path as it is typed in a command, quoted where it must be; with slashes, which need no quotes on Windows."""
+    return shlex.quote(path.as_posix())
 
 
 def print_error(program: str, message: str) -> None:

@@ -39,23 +39,23 @@ class LogMelGraph(torch.nn.Module):
 class Graph(torch.nn.Module):
     """What is exported: waveform (B, 220500) -> probabilities (B, classes), in float32."""
 
-    def __init__(self, predictor):
+    def __init__(self, network):
         super().__init__()
-        self.log_mel, self.network, self.params = LogMelGraph(predictor.log_mel), predictor.network, predictor.params
-        self.mean, self.std = predictor.mean, predictor.std
-        mels, frames = dsets.validation_corners(self.params, predictor.tta_crops).T[:, :, None]  # (crops, 1) each
+        self.log_mel, self.model, self.params = LogMelGraph(network.log_mel), network.model, network.params
+        self.mean, self.std = network.mean, network.std
+        mels, frames = dsets.validation_corners(self.params, network.tta_crops).T[:, :, None]  # (crops, 1) each
         mels, frames = mels + torch.arange(self.params.crop_mels), frames + torch.arange(self.params.crop_frames)
         self.register_buffer("mels", mels.clamp(0, self.params.n_mels - 1))  # (crops, 100), as dsets.crop has them
         self.register_buffer("frames", frames % self.params.num_frames)  # (crops, 384)
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         features = dsets.normalize(self.log_mel(waveform[:, None]), self.mean, self.std)  # (B, 220500) -> (B, 1, 128, 431)
-        logits = [self.network(features.index_select(2, mels).index_select(3, frames))  # -> (B, 1, 100, 384) -> (B, classes)
+        logits = [self.model(features.index_select(2, mels).index_select(3, frames))  # -> (B, 1, 100, 384) -> (B, classes)
                   for mels, frames in zip(self.mels, self.frames)]
         return torch.stack(logits).mean(dim=0).softmax(dim=1)  # (crops, B, classes) -> (B, classes)
 
 
-def export_onnx(predictor, path: Path) -> float:
+def export_onnx(network, path: Path) -> float:
     """Write a predict.Network, from waveform to probabilities, as one ONNX graph, and try it with onnxruntime.
 
     Returns the largest difference to torch's probabilities. Raises UserError if a library is missing; fails loudly, and writes
@@ -70,21 +70,21 @@ def export_onnx(predictor, path: Path) -> float:
     noise = 0.1 * torch.randn(CLIP_SAMPLES, generator=torch.Generator().manual_seed(0))
     tones = [0.5 * torch.sin(2 * math.pi * 440 * t), torch.sin(2 * math.pi * 300 * t * t)]
     waveforms = torch.stack([noise, *tones, (t == 1).float(), 0 * t])
-    predictor.precision = "fp32"
+    network.precision = "fp32"
     differences = []
 
     def write(part: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of libraries that are not needed
         shapes = {"waveform": {0: torch.export.Dim("batch", min=1)}}
         with warnings.catch_warnings(action="ignore"):  # torch's, of itself
-            program = torch.onnx.export(Graph(predictor).eval(), (waveforms,), dynamo=True, verbose=False, dynamic_shapes=shapes,
+            program = torch.onnx.export(Graph(network).eval(), (waveforms,), dynamo=True, verbose=False, dynamic_shapes=shapes,
                                         input_names=["waveform"], output_names=["probabilities"])
-        program.model.metadata_props.update(classes=json.dumps(predictor.classes), sample_rate_hz=str(SAMPLE_RATE))
+        program.model.metadata_props.update(classes=json.dumps(network.classes), sample_rate_hz=str(SAMPLE_RATE))
         program.save(str(part))
         session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
         for batch in (waveforms, waveforms[:1]):
             found, = session.run(["probabilities"], {"waveform": batch.numpy()})
-            differences.append(float(np.abs(found - predictor(batch[:, None]).numpy()).max()))
+            differences.append(float(np.abs(found - network(batch[:, None]).numpy()).max()))
         if not max(differences) <= TOLERANCE:
             raise RuntimeError(f"onnxruntime differs from torch by {max(differences)}")
 

@@ -12,6 +12,7 @@ from util import rundir
 from util.checkpoint import load_checkpoint
 from util.config import LOCATION_FLAGS
 from util.errors import write_atomically
+from util.waveforms import SAMPLE_RATE
 
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 LONGEST_NAME = 40  # letters of a class's name in pictures: longer ones leave them no room
@@ -93,14 +94,14 @@ def examples_figure(examples, titles: list[str]):
     return figure
 
 
-def draw_mel(axes, feature, params, sample_rate: int, low: int = 0, first: int = 0, **options):
+def draw_mel(axes, feature, params, low: int = 0, first: int = 0, **options):
     """Draw a mel-spectrogram (mels, frames), or a crop with the corner (low, first), with axes in s and Hz; returns the image.
 
     params: the dsets.FeatureParams; options: those of imshow, as vmin, vmax and cmap.
     """
     import numpy as np
     mels, frames = feature.shape
-    seconds = params.hop_length / sample_rate  # a frame
+    seconds = params.hop_length / SAMPLE_RATE  # a frame
     extent = (seconds * (first - 0.5), seconds * (first + frames - 0.5), low - 0.5, low + mels - 0.5)
     options = {"cmap": "magma", **options}  # darkens evenly in gray
     image = axes.imshow(feature, origin="lower", aspect="auto", extent=extent, **options)
@@ -127,7 +128,7 @@ def recording_figure(picture, params, edges: list[float], probabilities, classes
     upper, lower = figure.subplots(2, 1, sharex=True)
     floor = 10 * np.log10(params.amin)  # dB
     loudest = max(picture.max(), floor + params.top_db)  # or silence would be as bright as what is loudest
-    image = draw_mel(upper, picture, params, 1, vmin=loudest - params.top_db, vmax=loudest)
+    image = draw_mel(upper, picture, params, vmin=loudest - params.top_db, vmax=loudest)
     image.set_extent((0, times[-1], *image.get_extent()[2:]))  # a column is not a frame
     upper.set(xlabel=None, xlim=(0, times[-1]))
     figure.colorbar(image, ax=upper, label="dB", pad=0.01)
@@ -143,17 +144,17 @@ def recording_figure(picture, params, edges: list[float], probabilities, classes
     return figure
 
 
-def draw_activation_map(axes, feature, activations, params, sample_rate: int, low: int, first: int, limit: float):
+def draw_activation_map(axes, feature, activations, params, low: int, first: int, limit: float):
     """Draw a crop (mels, frames) in gray with a class activation map (h, w) over it; returns the map's image.
 
     Red speaks for the class and blue against it, up to +-limit. A place of the map is the center of a window of the crop; the
     first one is the crop's corner, and the next lie a power of two apart: 16 mels and frames for cnn8, 32 for resnet18.
     """
     import math
-    draw_mel(axes, feature, params, sample_rate, low, first, cmap="gray")
+    draw_mel(axes, feature, params, low, first, cmap="gray")
     left, right, bottom, top = axes.images[-1].get_extent()
     step = 2 ** math.ceil(math.log2(feature.shape[1] / activations.shape[1]))  # strides of 2 halve a size and round it up
-    seconds = params.hop_length / sample_rate
+    seconds = params.hop_length / SAMPLE_RATE  # a frame
     extent = (seconds * (first - step / 2), seconds * (first + step * (activations.shape[1] - 0.5)),
               low - step / 2, low + step * (activations.shape[0] - 0.5))
     image = axes.imshow(activations, origin="lower", aspect="auto", extent=extent, interpolation="bilinear", cmap="RdBu_r",
