@@ -20,6 +20,7 @@ class Server:
 
     def __init__(self, content: bytes):
         self.content, self.ranges, self.drops, self.supports_ranges, self.status = content, [], 0, True, 200
+        self.sends_length = True
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,7 +36,8 @@ class Server:
                     return
                 body = server.content[start:]
                 self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body)))
+                if server.sends_length:
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if server.drops:
                     server.drops -= 1
@@ -100,6 +102,22 @@ def test_download_gives_the_published_files(server, published, tmp_path):
     download.download(root, server.url)
     check_complete(root, published)
     assert len(dsets.ESC50(root)) == 4
+
+
+@pytest.mark.parametrize("sends_length", [True, False])
+def test_download_tells_the_size_only_where_the_server_does(server, published, tmp_path, monkeypatch, sends_length):
+    totals = []
+
+    class Bar(download.tqdm):
+        def __init__(self, *arguments, **options):
+            totals.append(options["total"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(download, "tqdm", Bar)
+    server.sends_length = sends_length
+    download.download(tmp_path / "data" / "ESC-50", server.url)
+    check_complete(tmp_path / "data" / "ESC-50", published)
+    assert totals == [len(server.content) if sends_length else None]
 
 
 def test_download_changes_nothing_when_the_data_is_complete(server, tmp_path, capsys):

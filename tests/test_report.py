@@ -59,6 +59,12 @@ def test_a_confusion_matrix_shows_counts_and_class_names():
     assert axes.get_ylabel() == "true class"
 
 
+def test_a_confusion_matrix_of_many_classes_is_not_drawn_ever_larger():
+    figures = [report.confusion_figure(np.eye(count, dtype=int), [""] * count) for count in (50, 300, 400)]
+    sides = [figure.get_figwidth() for figure in figures]
+    assert sides[0] < sides[1] == sides[2]
+
+
 def test_examples_are_drawn_with_their_titles():
     figure = report.examples_figure(np.zeros((5, 1, 100, 384)), list("abcde"))
     visible = [axes for axes in figure.axes if axes.get_visible() and axes.get_title()]

@@ -17,6 +17,7 @@ import torch
 import dsets
 from conftest import PROJECT, error_line, refused, results_of, run, train_in, write_root
 from util import config, rundir
+from util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny", "small_pictures")
 
@@ -92,6 +93,13 @@ def test_the_default_folder_is_named_by_time_and_comment(pristine_root, tmp_path
     assert [rundir.new_run_dir("mine", "a").name for _ in range(2)] == ["2030-01-01_00.00.00_a", "2030-01-01_00.00.00_a-1"]
     trained, = (tmp_path / "runs" / "mine").glob("*_first")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d\.\d\d\.\d\d_first", trained.name) and (trained / "summary.json").exists()
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(UserError, match="runs.*--run-dir"):
+        rundir.new_run_dir("CNN", "")
 
 
 def test_later_commands_are_recorded_as_sessions(pristine_root, tmp_path, monkeypatch):

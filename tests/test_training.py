@@ -600,7 +600,7 @@ def test_a_folder_of_class_folders_is_trained_and_told_about(tmp_path, capsys):
     run_dir = train_in(tmp_path / "run", root, *flags)
     told = capsys.readouterr().out
     assert "folders " in told and "6 clips, 2 classes, folds 1, 2, 3" in told
-    assert "1 recording is longer than 5 s: None/0.wav" in told
+    assert "1 recording is longer than 5 s, and its first 5 s are used (--split-long uses all): None/0.wav" in told
     assert json.loads((run_dir / "summary.json").read_text())["mean"]["accuracy"] >= 0
     assert set(pd.read_csv(run_dir / "predictions.csv", keep_default_na=False)["true_class"]) == {"None", "低い"}
 

@@ -37,7 +37,7 @@ def load_tensors(path: str | Path):
         if zipfile.is_zipfile(path):  # else it is of a torch before 1.6, or damaged
             with zipfile.ZipFile(path) as archive:
                 if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):  # torch.save does not compress
-                    raise ValueError("it unpacks to more than it is")
+                    raise UserError("it unpacks to more than it is")
         with warnings.catch_warnings(action="ignore"):  # of pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers raise a dozen types; an UnpicklingError advises to execute what is in the file

@@ -73,7 +73,8 @@ def fetch(url: str, path: Path) -> None:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 have = have if response.status == 206 else 0  # 200: the whole file, from its start
-                total = have + int(response.headers.get("Content-Length", MAX_ARCHIVE_BYTES))
+                length = response.headers.get("Content-Length")  # GitHub does not always say how long an archive is
+                total = have + int(length) if length else None
                 with open(path, "ab" if have else "wb") as file, \
                         tqdm(desc="download", total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
                     while (block := response.read(1 << 20)) and file.tell() <= MAX_ARCHIVE_BYTES:
@@ -81,7 +82,7 @@ def fetch(url: str, path: Path) -> None:
             if path.stat().st_size > MAX_ARCHIVE_BYTES:
                 path.unlink()
                 raise UserError(f"--download: {url}: sends more than {MAX_ARCHIVE_BYTES / 1e9:.0f} GB; that is not ESC-50")
-            if path.stat().st_size >= total or "Content-Length" not in response.headers:
+            if total is None or path.stat().st_size >= total:
                 return
             problem = f"the connection ended after {path.stat().st_size} of {total} bytes"
         except urllib.error.HTTPError as error:
@@ -111,10 +112,10 @@ def unpack(archive: Path, folder: Path, url: str) -> Path:
     try:
         with zipfile.ZipFile(archive) as zipped:
             if sum(member.file_size for member in zipped.infolist()) > MAX_UNPACKED_BYTES:
-                raise ValueError(f"it would unpack to more than {MAX_UNPACKED_BYTES / 1e9:.0f} GB")
+                raise UserError(f"it would unpack to more than {MAX_UNPACKED_BYTES / 1e9:.0f} GB")
             zipped.extractall(folder)  # keeps names within the folder, makes no links, reads no more than file_size says
         if not (table := next(folder.glob(f"*/{ESC50_TABLE.as_posix()}"), None)):
-            raise ValueError(f"it holds no {ESC50_TABLE}")
+            raise UserError(f"it holds no {ESC50_TABLE}")
         return table.parents[1]
     except Exception as error:  # zipfile and its decompressors raise a dozen types
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -63,7 +63,7 @@ def confusion_figure(confusion, classes: list[str]):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     count = len(classes)
-    side = max(5.0, 0.24 * count + 2.5)  # inches; 0.24 leaves room for one line of 7-point text a class
+    side = min(max(5.0, 0.24 * count + 2.5), 60.0)  # inches; 0.24 for a line of 7-point text a class, up to 240 of them
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(confusion, cmap="Blues", vmin=0)  # one hue that only darkens: readable in gray
@@ -133,7 +133,7 @@ def recording_figure(picture, params, edges: list[float], probabilities, classes
     upper.set(xlabel=None, xlim=(0, times[-1]))
     figure.colorbar(image, ax=upper, label="dB", pad=0.01)
     likeliest = probabilities.max(axis=0).argsort()[::-1][:8]
-    first = np.arange(0, len(probabilities), -(-len(probabilities) // 1000))  # of the windows drawn as one: no more than pixels
+    first = np.arange(0, len(probabilities), -(-len(probabilities) // 1000))  # of each column; at most 1000
     image = lower.pcolormesh(np.append(times[first], times[-1]), range(len(likeliest) + 1),
                              np.maximum.reduceat(probabilities[:, likeliest], first).T, cmap="Blues", vmin=0, vmax=1)
     names, families = drawable(classes)

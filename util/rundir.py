@@ -126,7 +126,7 @@ def check_same_run(run_dir: Path, then: dict, now: dict) -> None:
     check_same(f"{run_dir}: has other features; use the same, or start a new run", then["features"], now["features"])
     check_same(f"{run_dir}: cannot continue here; install the former, or start a new run", *versions)
     check_same_data(run_dir, then, now)
-    if now["pretrained"] and now["pretrained"] != then.get("pretrained"):  # none: gone, and what has begun needs it no more
+    if now["pretrained"] and now["pretrained"] != then.get("pretrained"):  # None: it is gone, and not needed any more
         raise UserError(f"--pretrained {now['flags']['pretrained']}: is another file than the run in {run_dir} began with (its "
                         f"SHA-256 differs); restore it, or start a new run")
 
@@ -140,13 +140,18 @@ def check_same(message: str, then: dict, now: dict) -> None:
 
 
 def new_run_dir(tb_prefix: str, comment: str) -> Path:
-    """A new folder runs/<tb-prefix>/<time>_<comment>; a number is added if that name is taken."""
-    name = time.strftime("%Y-%m-%d_%H.%M.%S") + (f"_{comment}" if comment else "")
-    for attempt in itertools.count():
-        run_dir = Path("runs", tb_prefix, f"{name}-{attempt}" if attempt else name)
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
-            return run_dir
+    """A new folder runs/<tb-prefix>/<time>_<comment>; a number is added if that name is taken. UserError if none can be made."""
+    parent, name = Path("runs", tb_prefix), time.strftime("%Y-%m-%d_%H.%M.%S") + (f"_{comment}" if comment else "")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in itertools.count():
+            run_dir = parent / (f"{name}-{attempt}" if attempt else name)
+            with contextlib.suppress(FileExistsError):
+                run_dir.mkdir()
+                return run_dir
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be made, or holds no new folder ({error.strerror}); name another one with "
+                        f"--run-dir") from error
 
 
 def training_dir(run_dir: Path, seed: int, fold: int | str) -> Path:
@@ -155,14 +160,14 @@ def training_dir(run_dir: Path, seed: int, fold: int | str) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path, timeout: float = -1):
-    """Hold a folder's lock file, waiting for at most `timeout` s (-1: for ever); UserError where the file system has no locks."""
+    """Hold a folder's lock file, waiting for at most `timeout` s (-1: for ever); UserError where that cannot be done."""
     held = filelock.FileLock(folder / "lock", timeout=timeout)
     try:
         held.acquire()
     except (NotImplementedError, OSError) as error:
         if isinstance(error, filelock.Timeout):
             raise
-        raise UserError(f"{folder}: its file system has no locks ({reason(error)}); name a folder on another disk") from error
+        raise UserError(f"{folder}: cannot be locked ({reason(error)}); make it writable, or name another folder") from error
     try:
         yield
     finally:

@@ -40,10 +40,10 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     """
     readers = {"ESC-50": (ESC50_TABLE, read_esc50), "UrbanSound8K": (URBANSOUND_TABLE, read_urbansound8k),
                "a table": (OWN_TABLE, read_own_table)}
-    found = [name for name, (table, _) in readers.items() if (root / table).exists()]
     if not root.is_dir():
-        found = "is a file" if root.exists() else "no such folder"
-        raise UserError(f"--data {root}: {found}; name a data folder, fetch ESC-50 with --download, or try --demo")
+        raise UserError(f"--data {root}: {'is a file' if root.exists() else 'no such folder'}; name a data folder, fetch ESC-50 "
+                        f"with --download, or try --demo")
+    found = [name for name, (table, _) in readers.items() if (root / table).exists()]
     notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
     if not found and (root / "audio").is_dir():
         raise UserError(f"--data {root}: has audio/, but no {ESC50_TABLE}; fetch ESC-50 with --download, or add a table "
@@ -107,7 +107,7 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
         table = table.rename(columns={name: meant for name, meant in plain.items()
                                       if meant in (*columns, *optional) and meant not in table})
         if missing := [name for name in columns if name not in table]:
-            raise ValueError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
+            raise UserError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
         why = reason(error)
         if isinstance(error, UnicodeDecodeError):

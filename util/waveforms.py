@@ -21,7 +21,7 @@ CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of u
 INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
 LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
 SILENT_CLIPS = "has silent clips"
-LONGER = "is longer than 5 s"
+LONGER = "is longer than 5 s, and its first 5 s are used (--split-long uses all)"
 INCOMPLETE = "lacks some of its sound, cut short or damaged"
 SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
     "is silent": "are silent",
