@@ -175,6 +175,17 @@ def build_model(name: str, num_classes: int = 50, input_shape: tuple[int, int, i
     return MODELS[name](num_classes, input_shape)
 
 
+def average_logits(model: nn.Module, examples: torch.Tensor, clips: int, precision: str) -> torch.Tensor:
+    """Logits (clips, classes), float32, of examples (crops * clips, 1, 100, 384): the mean over each clip's crops.
+
+    All clips' first crops come first, then all second ones. precision: with "bf16", convolutions and the like are in bfloat16.
+    """
+    examples = examples.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(examples).float()  # -> (crops * clips, classes)
+    return logits if len(logits) == clips else logits.unflatten(0, (-1, clips)).mean(dim=0)  # -> (clips, classes)
+
+
 def class_activation_maps(model: nn.Module, examples: torch.Tensor) -> torch.Tensor:
     """What each place of the examples (B, 1, 100, 384) adds to each logit: (B, num_classes, 7, 24) for cnn8.
 

@@ -106,11 +106,11 @@ class Network(torch.nn.Module):
             checkpoint = checkpoints.load_checkpoint(Path(path))
             self.params, self.classes = dsets.FeatureParams(**checkpoint["features"]), checkpoint["classes"]
             if not self.classes or not all(isinstance(name, str) for name in self.classes):
-                raise ValueError("classes are not names")
+                raise UserError("classes are not names")
             self.mean, self.std = map(float, checkpoint["mean_std"])
             self.tta_crops, self.precision = checkpoint["flags"]["tta_crops"], checkpoint["precision"]
             if not (math.isfinite(self.mean) and 0 < self.std < math.inf and self.tta_crops in TTA_CROPS):
-                raise ValueError(f"mean {self.mean}, std {self.std}, {self.tta_crops} crops")
+                raise UserError(f"mean {self.mean}, std {self.std}, {self.tta_crops} crops")
             self.model = models.build_model(checkpoint["model_name"], len(self.classes), self.params.input_shape)
             checkpoints.load_weights(self.model, checkpoint["model"], path)
             self.log_mel = dsets.LogMel(self.params)
@@ -132,10 +132,7 @@ class Network(torch.nn.Module):
         corners = dsets.validation_corners(self.params, self.tta_crops).to(features.device)  # (crops, 2)
         examples = dsets.validation_crops(features, rows, corners, self.params)  # -> (crops * B, 1, 100, 384)
         examples = dsets.normalize(examples, self.mean, self.std)
-        examples = examples.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(examples)  # -> (crops * B, classes)
-        return logits.float().unflatten(0, (-1, len(rows))).mean(dim=0).softmax(dim=1)  # -> (B, classes)
+        return models.average_logits(self.model, examples, len(rows), self.precision).softmax(dim=1)  # -> (B, classes)
 
 
 class Predictor:

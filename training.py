@@ -92,12 +92,7 @@ def forward(model, examples, targets, precision: str, lam=None, other_targets=No
     Of several crops of each example (crops * B, 1, 100, 384) the logits are averaged. lam, other_targets (B,): of mixup,
     see `dsets.Batch`. class_weights (classes,): what the loss of a target of each class is multiplied by.
     """
-    examples = examples.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(examples.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(examples)  # -> (B, classes)
-    logits = logits.float()
-    if len(logits) > len(targets):
-        logits = logits.unflatten(0, (-1, len(targets))).mean(dim=0)  # (crops * B, classes) -> (B, classes)
+    logits = models.average_logits(model, examples, len(targets), precision)  # -> (B, classes)
 
     def cross_entropy(targets):
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)  # -> (B,)
