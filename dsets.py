@@ -4,7 +4,7 @@
     waveform                 (1, 220500) float32     load_waveform (util/waveforms.py)
     mel-spectrogram, dB      (1, 128, 431)           LogMel
     features of all clips    (N, 1, 128, 431)        ESC50 (computed once, see util/cache.py)
-    crop                     (B, 1, 100, 384)        draw_crops, crop
+    crop                     (B, 1, 100, 384)        draw_corners, crop
     augmented example        (B, 1, 100, 384)        training_batches
 
 Every random draw comes from a generator made by `generator_for(seed, fold, epoch, purpose)`.
@@ -163,21 +163,25 @@ class ESC50(torch.utils.data.Dataset):
         self.classes = list(self.table.sort_values(order)["category"].unique())
         self.targets = torch.tensor([self.classes.index(name) for name in self.table["category"]])
         self.folds = sorted(int(fold) for fold in self.table["fold"].unique())
-        self.tell(remarks, self.table["file"])
+        self.add_notes(remarks, self.table["file"])
 
-    def tell(self, remarks: dict[str, list[str]], files) -> None:
+    def add_notes(self, remarks: dict[str, list[str]], files) -> None:
         """Add remarks, each with the names of its recordings, to the notes, as far as these are among `files`."""
         for note, names in remarks.items():
             if names := sorted(set(names) & set(files)):
-                said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES[note]}"
+                said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES.get(note, note)}"
                 self.notes.append(f"{said}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
 
     def split_long(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with a row for each 5 s of recordings and parts; a rest of less than 1 s is left out."""
         files = list(table["file"].unique())
-        lengths, _, remarks = cache.load_features(self.root, [(name, 0.0, 0.0) for name in files], lambda path, spans, remarks: [
-            np.float32([count_seconds(path, remarks)])], (1,), {}, kind="seconds")
-        self.tell(remarks, files)
+
+        def measure(path: Path, spans: list, remarks: list[str]):
+            yield np.float32([count_seconds(path, remarks)])
+
+        whole = [(name, 0.0, 0.0) for name in files]
+        lengths, _, remarks = cache.load_features(self.root, whole, measure, (1,), {}, kind="seconds")
+        self.add_notes(remarks, files)
         seconds, clip_s = dict(zip(files, lengths[:, 0].tolist())), CLIP_SAMPLES / SAMPLE_RATE
         rows = []
         for row in table.to_dict("records"):
@@ -191,8 +195,6 @@ class ESC50(torch.utils.data.Dataset):
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"clip {index} of {len(self)}")
         return self.features[self.rows[index]], int(self.targets[index])
 
     def __repr__(self) -> str:
@@ -251,13 +253,12 @@ def generator_for(seed: int, fold: int | str, epoch: int, purpose: str) -> torch
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw_crops(count: int, generator: torch.Generator, params: FeatureParams, shift_frames: int = 0,
-               shift_mels: int = 0) -> torch.Tensor:
+def draw_corners(count: int, generator: torch.Generator, params: FeatureParams, shift_frames: int = 0,
+                 shift_mels: int = 0) -> torch.Tensor:
     """Random corners (count, 2) of crops, int64: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most).
 
-    The lowest mel lies up to shift_mels lower or higher than that (at most 127). See `crop` for what lies beyond the edges.
+    The lowest mel lies up to shift_mels lower or higher than that. See `crop` for what lies beyond the edges.
     """
-    shift_mels = min(shift_mels, params.n_mels - 1)
     mels = torch.randint(-shift_mels, params.n_mels - params.crop_mels + 1 + shift_mels, (count,), generator=generator)
     last = min(params.num_frames, params.num_frames - params.crop_frames + 1 + shift_frames)
     frames = torch.randint(last, (count,), generator=generator)
@@ -268,8 +269,8 @@ def validation_corners(params: FeatureParams, tta_crops: int = 1) -> torch.Tenso
     """The corners (crops, 2) of a validation clip's crops: 1, the center (mel 14, frame 23), or 3 or a grid of 9.
 
     3: the center, then 5 mels lower from a third of the clip on, and 5 higher from two thirds on; see `crop` for what lies
-    beyond the edges. Of a grid (Krizhevsky et al., NeurIPS 2012, average such crops), only corners that differ: 3 where a crop
-    has all frames, 1 where it has all mels, too.
+    beyond the edges. 9: a 3 x 3 grid (Krizhevsky et al., NeurIPS 2012, average such crops), equal corners once: 3 are left
+    where a crop has all frames, 1 where it has all mels, too.
     """
     mel, frame = (params.n_mels - params.crop_mels) // 2, (params.num_frames - params.crop_frames) // 2
     third = round(params.num_frames / 3)
@@ -387,7 +388,7 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[floa
     """One epoch of shuffled, augmented batches on `device`, a `Batch` each.
 
     Each clip gives `views` examples: all random crops, all but the first also masked (freq_mask in mels, time_mask in
-    frames: `draw_masks`), shifted by up to time_shift s and freq_shift mels (`draw_crops`), faster or slower
+    frames: `draw_masks`), shifted by up to time_shift s and freq_shift mels (`draw_corners`), faster or slower
     (time_stretch: `draw_stretches`), up to gain dB louder or softer, some frequencies up to filter_augment dB
     (`draw_filter_augment`), mixed with the example before it in its batch (mixup: `draw_lam`'s alpha).
     Of each batch, this rank gets its part: the parts of all ranks in a row are the batch that one process alone would get.
@@ -397,7 +398,7 @@ def training_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[floa
         return generator_for(seed, fold, epoch, purpose)
 
     params, count = dataset.params, len(indices) * views
-    corners = draw_crops(count, generator("crops"), params, round(time_shift * SAMPLE_RATE / params.hop_length), freq_shift)
+    corners = draw_corners(count, generator("crops"), params, round(time_shift * SAMPLE_RATE / params.hop_length), freq_shift)
     masks = draw_masks(count, generator("masks"), params, freq_mask, time_mask)
     order = torch.randperm(count, generator=generator("order"))
     masks[torch.arange(count) % views == 0] = 0  # [0, 0): the first view of each clip has no mask
@@ -438,11 +439,12 @@ def validation_batches(dataset: ESC50, indices: torch.Tensor, mean_std: tuple[fl
                        device: torch.device, tta_crops: int = 1, rank: int = 0, world_size: int = 1):
     """Crops (crops * B, 1, 100, 384) and targets (B,) on `device`, and the clips' positions (B,) among `indices`.
 
-    All clips' first crops come first, then all their second ones. Rank r gets every world_size-th batch from the r-th on:
-    the last bits of a network's output depend on a clip's batch, which so is the same for any number of processes.
+    All clips' first crops come first, then all their second ones. Rank r gets batches r, r + world_size and so on, never a part
+    of one: the last bits of a clip's logits depend on its batch, and so are the same for any number of processes.
     """
     corners = validation_corners(dataset.params, tta_crops).to(dataset.features.device)  # (crops, 2)
-    for positions in torch.arange(len(indices)).split(batch_size)[rank::world_size] if len(indices) else ():
+    for start in range(rank * batch_size, len(indices), world_size * batch_size):
+        positions = torch.arange(start, min(start + batch_size, len(indices)))
         batch = indices[positions]
         rows = dataset.rows[batch].to(dataset.features.device)
         examples = validation_crops(dataset.features, rows, corners, dataset.params)  # -> (crops * B, 1, 100, 384)

@@ -148,8 +148,7 @@ def spectrogram_explorer(ds: dsets.ESC50) -> Explorer:
 def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Explorer:
     """A clip's augmented example: crop, gain, filter and masks, then mixup with a partner that has draws of its own.
 
-    seed: what draws the crops, their rates, the masks and the filters. gain and lam are set by hand, the other sliders are
-    limits of draws.
+    seed: of all draws. crop_mels, crop_frames, gain and lam are used as they are; the other sliders are limits of draws.
     mean_std: that of the training folds.
     """
     own, partner, params = ClipMenu(ds, 0, "class"), ClipMenu(ds, len(ds.classes) - 1, "partner"), ds.params
@@ -178,7 +177,7 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         def generator(purpose: str) -> torch.Generator:
             return dsets.generator_for(seed, 1, 1, purpose)
         rows = ds.rows[[own.clip.value, partner.clip.value]]
-        corners = dsets.draw_crops(2, generator("crops"), changed, round(time_shift / seconds), freq_shift)
+        corners = dsets.draw_corners(2, generator("crops"), changed, round(time_shift / seconds), freq_shift)
         rates = dsets.draw_stretches(2, time_stretch, generator("stretch"))
         decibels = gain + dsets.draw_filter_augment(2, filter_augment, generator("equalise"), changed)  # (2, 1, 100, 1)
         examples = dsets.crop(ds.features, rows, corners, changed, rates)  # (2, 1, 100, 384)
@@ -187,7 +186,7 @@ def augmentation_explorer(ds: dsets.ESC50, mean_std: tuple[float, float]) -> Exp
         example = dsets.mix_examples(examples[:1], examples[1:], torch.tensor([lam]))[0, 0]  # -> (100, 384)
         for axes, menu, (low, first), rate in zip(panels, (own, partner), corners.tolist(), rates.tolist()):
             redraw_mel(axes, ds[menu.clip.value][0][0], params)
-            for start in (first, first - params.num_frames):  # what wraps around has the second frame
+            for start in (first, first - params.num_frames):  # the second rectangle shows what wraps around
                 axes.add_patch(Rectangle(((start - 0.5) * seconds, low - 0.5), frames * rate * seconds, mels, fill=False,
                                          color="white", linewidth=2))
             axes.set_title(names[ds.targets[menu.clip.value]], family=families, parse_math=False)

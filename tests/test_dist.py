@@ -31,7 +31,7 @@ def train(*argv) -> None:
     """training.py with a network small enough for a test. Rank DIES kills itself in epoch 2, rank LATE starts a little later."""
     models.MODELS["cnn8"] = Tiny
     make_small_pictures(pytest.MonkeyPatch())
-    calls, evaluate, run_training, is_first_to_ask = [], training.evaluate, training.run, dist.is_first_to_ask
+    calls, evaluate, run_training, claim_message = [], training.evaluate, training.run, dist.claim_message
 
     def dying(*arguments):
         calls.append(1)
@@ -46,8 +46,8 @@ def train(*argv) -> None:
 
     def slow():
         time.sleep(1)  # meanwhile, torchrun ends the other ranks of one that died
-        return is_first_to_ask()
-    training.evaluate, training.run, dist.is_first_to_ask = dying, late, slow
+        return claim_message()
+    training.evaluate, training.run, dist.claim_message = dying, late, slow
     dist.end(training.main(list(argv)))
 
 
@@ -202,12 +202,12 @@ def test_one_process_without_torchrun_is_rank_0_of_1():
     assert (dist.rank(), dist.world_size(), dist.launcher()) == (0, 1, "python")
     rows = torch.rand(3, 2)
     assert torch.equal(dist.all_gather(rows, torch.arange(3)), rows) and dist.broadcast("a") == "a"
-    assert dist.is_first_to_ask() and dist.own_device(torch.device("cuda")) == torch.device("cuda")
+    assert dist.claim_message() and dist.own_device(torch.device("cuda")) == torch.device("cuda")
 
 
 def test_of_several_ranks_one_is_the_first_to_ask(monkeypatch):
     monkeypatch.setattr(dist, "store", torch.distributed.HashStore())
-    assert [dist.is_first_to_ask() for _ in range(3)] == [True, False, False]
+    assert [dist.claim_message() for _ in range(3)] == [True, False, False]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

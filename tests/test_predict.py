@@ -33,7 +33,7 @@ PROGRAM = "import conftest, models, predict, sys; models.MODELS['cnn8'] = confte
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(PROJECT)}
 
 
-OTHER_PARAMS = dsets.FeatureParams(f_max=16_000.0, crop_mels=50, crop_frames=300)
+WIDE_PARAMS = dsets.FeatureParams(f_max=16_000.0, crop_mels=50, crop_frames=300)
 
 
 def train_tiny(run_dir: Path, *flags) -> Path:
@@ -119,10 +119,10 @@ def test_predictions_give_the_runs_own_accuracy(shared_root, tmp_path, capsys, p
 def test_predictions_use_the_features_of_the_checkpoint(shared_root, other_run_dir, capsys):
     path = other_run_dir / "seed-42" / "fold-1" / "last.pt"
     predictor = predict.Network(path)
-    assert predictor.params == OTHER_PARAMS
+    assert predictor.params == WIDE_PARAMS
     waveform = dsets.load_waveform(sorted((shared_root / "audio").glob("*.wav"))[0])
     features = predictor.features(waveform[None])
-    assert torch.equal(features[0], dsets.LogMel(OTHER_PARAMS)(waveform))
+    assert torch.equal(features[0], dsets.LogMel(WIDE_PARAMS)(waveform))
     checkpoint = torch.load(path, weights_only=True)
     expected = (checkpoint["predictions"] == dsets.ESC50(shared_root).targets[:8]).double().mean()  # fold 1 comes first
     assert accuracy_of_predictions(capsys, shared_root, other_run_dir) == expected

@@ -22,7 +22,7 @@ MAX_CHANNELS = 64  # the largest microphone arrays on sale
 FORMATS = ("aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,eac3,flac,flv,iff,ircam,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,"
            "ogg,tak,tta,voc,w64,wav,wv")  # FFmpeg's names: no playlist, script or picture
 HEADER_ALONE = {"probesize": "4096", "analyzeduration": "0"}  # opens ten times faster where a header says all
-MAX_FAILURES = 100  # so many packets in a row that cannot be read, or at the start decoded: there is no more sound
+MAX_FAILURES = 100  # give up after so many packets in a row that cannot be read, or at the start decoded
 BLOCK_SECONDS = 0.25  # of sound that is gathered into a block; a listener waits so long for the end of a window
 PCM_BYTES = 2 ** 17  # a block of plain samples
 PCM = {(1, 8): "pcm_u8", (1, 16): "pcm_s16le", (1, 24): "pcm_s24le", (1, 32): "pcm_s32le", (3, 32): "pcm_f32le",

@@ -138,7 +138,7 @@ def compute_features(root: Path, files: dict, path: Path, compute, shape: tuple[
             torch.set_num_threads(threads)
         if any(errors):
             raise UserError(f"{first_ten(errors)}; fix them or take them out (--download and --demo restore what they wrote)")
-        # these first: where there are features, they are there too
+        # written first: who finds the features finds this file, too
         write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(of_files)))
 
     write_atomically(path, write_both)

@@ -49,7 +49,7 @@ def train_and_report(run, argv: list[str]) -> int:
 
 
 def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
-    """train_and_report, between its handlers of these signals: what ends the command too early is told in one line."""
+    """The part of train_and_report while its signals are handled; prints one line where the command ends early."""
     machine.name_user()
     open_output()
     progress, status, stopped = {"run_dir": None}, 2, ""
@@ -90,6 +90,6 @@ def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
         if run_dir := progress["run_dir"]:
             message = (f"{stopped}; all whole epochs are saved; continue with: {dist.launcher()} training.py --resume "
                        f"{as_argument(run_dir)}")
-    if dist.is_first_to_ask():
+    if dist.claim_message():
         print_error("training.py" if status == 2 else "\ntraining.py", message)  # on a line of its own, after the terminal's ^C
     return status

@@ -66,8 +66,8 @@ def main_process_first():
 def parallel(model: torch.nn.Module) -> DistributedDataParallel:
     """The model with gradients that are averaged over the ranks, always summed in the same order.
 
-    Looking for unused parameters, of which there are none, keeps gradients in the order that they have at first. Otherwise
-    they are rearranged after the first step, also after the first one of a resumed training, and its last bits are others.
+    There are no unused parameters, but looking for them keeps the first order of the gradients. Otherwise torch would change the
+    order after the first step, and so after the first one of a resumed training: its last bits would be others.
     """
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
@@ -94,8 +94,8 @@ def all_gather(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-def is_first_to_ask() -> bool:
-    """Whether this rank asks first: of an error that several ranks meet, one prints it."""
+def claim_message() -> bool:
+    """True for the first rank that calls it, False for the others: one of them prints an error that several meet."""
     with contextlib.suppress(RuntimeError):  # the store is torchrun's own and outlives the ranks, but not torchrun
         return not store or store.add("asked", 1) == 1
     return True
