@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util.cache import in_threads
 from util.errors import UserError, write_atomically
 from util.tables import ESC50_TABLE, NUM_CLASSES, NUM_FOLDS, check_free
+from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE
 
 CLIPS_PER_CLASS = 10  # two a fold: 500 clips, 221 MB
 
