@@ -191,7 +191,8 @@ def results_of(run_dir: Path) -> dict:
         rows = [{name: value for name, value in row.items() if name != "seconds"} for row in rundir.read_metrics(folder)]
         weights = [{key: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
                     for key, tensor in load_checkpoint(folder / name)["model"].items()} for name in ("last.pt", "best.pt")]
-        results[folder.parent.name, folder.name] = rows, (folder / "report.csv").read_text(), weights
+        tables = [(folder / name).read_text() for name in ("report.csv", "predictions.csv")]
+        results[folder.parent.name, folder.name] = rows, tables, weights
     return results
 
 

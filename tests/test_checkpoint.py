@@ -117,7 +117,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, monkeypatch, kind):
     write_garbage(tmp_path / "weights.pth", kind)
     for function in (checkpoints.load_tensors, checkpoints.load_checkpoint):
         assert str(tmp_path / "weights.pth") in refused(function, tmp_path / "weights.pth")
-    assert "weights.pth" in refused(checkpoints.load_pretrained, models.build_model("resnet18", 2), "weights.pth", FEATURES)
+    assert "weights.pth" in refused(checkpoints.load_pretrained, Tiny(2), "weights.pth", FEATURES)
     assert not Path("executed").exists()
 
 
@@ -258,23 +258,32 @@ def test_pretrained_imagenet_comes_through_torch_hub(published, tmp_path, monkey
         assert refused(checkpoints.load_pretrained, model, "imagenet", FEATURES).startswith("--pretrained imagenet: ")
 
 
-@pytest.mark.slow
+class Small(torch.nn.Module):
+    """A stem and a last layer named as torchvision's, and few weights."""
+
+    def __init__(self, channels: int = 1):
+        super().__init__()
+        self.conv1, self.bn = torch.nn.Conv2d(channels, 4, 3), torch.nn.BatchNorm2d(4)
+        self.conv2, self.fc = torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 2)
+
+
 @pytest.mark.parametrize("name, value", [
-    ("layer1.0.conv1.weight", None), ("conv1.weight", None), ("layer9.weight", torch.zeros(1)),
-    ("layer1.0.conv1.weight", torch.zeros(64, 64, 5, 5)), ("conv1.weight", torch.zeros(2)), ("layer1.0.bn1.weight", "text"),
-    ("layer1.0.bn1.weight", torch.full((64,), torch.nan))])
-def test_pretrained_weights_that_do_not_fit_are_refused(published, tmp_path, name, value):
-    state_dict = published.state_dict()
+    ("conv2.weight", None), ("conv1.weight", None), ("layer9.weight", torch.zeros(1)), ("conv2.weight", torch.zeros(4, 4, 5, 5)),
+    ("conv1.weight", torch.zeros(2)), ("bn.weight", "text"), ("bn.weight", torch.full((4,), torch.nan))])
+def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, name, value):
+    state_dict = Small(3).state_dict()
+    torch.save(state_dict, tmp_path / "weights.pth")
+    checkpoints.load_pretrained(Small(), str(tmp_path / "weights.pth"), FEATURES)  # they fit
     state_dict[name] = value
     if value is None:
         del state_dict[name]
     torch.save(state_dict, tmp_path / "weights.pth")
-    message = refused(checkpoints.load_pretrained, models.build_model("resnet18"), str(tmp_path / "weights.pth"), FEATURES)
+    message = refused(checkpoints.load_pretrained, Small(), str(tmp_path / "weights.pth"), FEATURES)
     assert message.startswith(f"--pretrained {tmp_path / 'weights.pth'}: ")
 
 
 def test_pretrained_files_that_hold_no_state_dict_are_refused(tmp_path):
-    model = models.build_model("resnet18", 2)
+    model = Tiny(2)
     stranger = {"model": {}, "model_name": "resnet18", "classes": [], "features": {1: 2}, "mean_std": [], "seed": 1, "fold": 1,
                 "flags": {"tta_crops": 1}, "precision": "fp32", "epoch": 1, "history": []}
     for content in ([1], torch.zeros(3), {}, {1: 2}, stranger):

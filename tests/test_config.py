@@ -1,6 +1,7 @@
 """The flags, the recipes and the help; that --help and a wrong flag answer at once."""
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -111,6 +112,9 @@ def test_help_is_grouped_and_says_every_default():
     for name, strong in config.STRONG.items():
         assert f"default {getattr(Config(), name)}; strong {strong})" in text, name
     assert "default: runs/<tb-prefix>/<time>_<comment>" in text
+    assert all(f"for strong with cnn4, {value} (default" in text for value in config.STRONG_CNN4.values())
+    demo = next(field.metadata["help"] for field in dataclasses.fields(Config) if field.name == "demo")
+    assert vars(parse_args(demo[demo.index("--epochs"):].split())) == vars(Config()) | config.DEMO_RECIPE
 
 
 def test_the_defaults_are_the_write_ups_and_flags_win():
@@ -145,6 +149,15 @@ def test_demo_is_a_run_of_a_minute_unless_a_recipe_is_given():
     assert parse_args(["--demo", "--recipe", "blog"]) == Config(demo=True, data="data/demo")
 
 
+def test_the_readmes_table_of_flags_says_the_recipes():
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    lines = text[text.index("## Flags"):text.index("## Files")].splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("| `--recipe strong`"))
+    for rows, recipe in ((lines[at - 3:at], {}), (lines[at:at + 8], config.STRONG)):
+        flags = [flag for row in rows for flag in re.findall(r"`(--[a-z-]+ .+?)`", row) if flag != "--recipe strong"]
+        assert vars(parse_args(" ".join(flags).split())) == vars(Config()) | recipe
+
+
 def test_folds_and_seeds_are_each_taken_once_in_the_order_given():
     flags = parse_args(["--fold", "3", "1", "3", "--seed", "2", "2", "1"])
     assert flags.fold == [3, 1] and flags.seed == [2, 1]
@@ -153,7 +166,7 @@ def test_folds_and_seeds_are_each_taken_once_in_the_order_given():
 
 # --- the way of a flag ------------------------------------------------------------------------------------------------
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("tiny", "small_pictures")
 def test_masks_and_other_augmentation_reach_the_batches(root, tmp_path, monkeypatch):
     masks, options, draw_masks, training_batches = set(), [], dsets.draw_masks, dsets.training_batches
 

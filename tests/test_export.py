@@ -12,7 +12,7 @@ from conftest import run
 from util import export
 from util.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("tiny")  # cnn8 is tiny here
+pytestmark = pytest.mark.usefixtures("tiny", "small_pictures")  # cnn8 is tiny here
 
 
 def write_checkpoint(folder: Path, root: Path, *flags) -> Path:

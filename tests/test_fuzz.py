@@ -1,12 +1,8 @@
 """Hostile input: a few hundred of the cases of benchmarks/fuzz.py, and those that hypothesis would not find."""
 import os
 import sys
-import zipfile
 
-import numpy as np
 import pytest
-import soundfile
-import torch
 
 import dsets
 import models
@@ -49,19 +45,3 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_on(own_root, tmp_path
                 with pytest.raises(UserError, match="not a regular file|no such|no meta/esc50.csv"):
                     read()
             os.rmdir(path) if path.is_dir() else path.unlink()
-
-
-def test_more_channels_than_there_are_microphones_are_refused(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.zeros((10, 65)), 44_100)
-    with pytest.raises(UserError, match="a.wav: .*65 channels"):
-        dsets.load_waveform(tmp_path / "a.wav")
-
-
-def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
-    """A megabyte of file that would become a gigabyte of weights."""
-    torch.save({"model": torch.zeros(10)}, tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "last.pt", "w", zipfile.ZIP_DEFLATED) as target:
-        for member in source.infolist():
-            target.writestr(member.filename, b"\0" * 10 ** 8 if member.filename.endswith("/0") else source.read(member))
-    with pytest.raises(UserError, match="last.pt: .*unpacks to more than it is"):
-        checkpoints.load_checkpoint(tmp_path / "last.pt")

@@ -33,7 +33,7 @@ def test_the_parser_knows_every_model():
 
 
 @pytest.mark.parametrize("name, parameters", PARAMETERS.items())
-def test_parameter_counts(name, parameters):
+def test_networks_have_the_documented_number_of_parameters(name, parameters):
     assert sum(p.numel() for p in models.build_model(name).parameters()) == parameters
 
 
@@ -112,8 +112,24 @@ def test_layers_that_return_several_tensors_are_listed_with_all_their_shapes():
 
 
 def test_pool_before_tanh_is_tanh_before_pool():
-    x = examples(2) * 3
-    assert torch.equal(torch.tanh(F.max_pool2d(x, 2)), F.max_pool2d(torch.tanh(x), 2))
+    block = models.conv_bn_pool_tanh(1, 4, kernel_size=3, stride=1, padding=1)
+    convolution, norm, _, _ = block
+    x = examples(2)
+    assert torch.equal(block(x), F.max_pool2d(torch.tanh(norm(convolution(x))), 2))
+
+
+def test_a_residual_block_adds_its_shortcut_before_the_last_relu():
+    block = models.BasicBlock(2, 2, stride=1).eval()
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(block(x), torch.relu(x))
+
+
+def test_bf16_multiplies_in_bfloat16_and_gives_float32():
+    model, seen = Tiny(4), []
+    model.conv.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    logits = [models.average_logits(model, examples(2), 2, precision) for precision in ("fp32", "bf16")]
+    assert seen == [torch.float32, torch.bfloat16] and {each.dtype for each in logits} == {torch.float32}
 
 
 def test_weights_start_as_the_papers_say():

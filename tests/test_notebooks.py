@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from conftest import PROJECT, run
+from conftest import PROJECT, make_small_pictures, run
 
 NOTEBOOKS = PROJECT / "notebooks"
 NAMES = ["spectrograms", "augmentation", "results"]
@@ -17,8 +17,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def runs_dir(shared_root, pristine_root, tmp_path_factory) -> Path:
     """Three runs of the real cnn8: one of two folds, one of one, and one on other data."""
     runs_dir = tmp_path_factory.mktemp("notebooks") / "runs"
-    for name, data, folds in (("other", pristine_root, [1]), ("first", shared_root, [1, 2]), ("second", shared_root, [1])):
-        run("--data", data, "--epochs", 1, "--views", 1, "--fold", *folds, "--run-dir", runs_dir / name)
+    with pytest.MonkeyPatch.context() as patch:
+        make_small_pictures(patch)
+        for name, data, folds in (("other", pristine_root, [1]), ("first", shared_root, [1, 2]), ("second", shared_root, [1])):
+            run("--data", data, "--epochs", 1, "--views", 1, "--fold", *folds, "--run-dir", runs_dir / name)
     return runs_dir
 
 

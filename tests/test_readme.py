@@ -2,6 +2,8 @@
 import re
 from collections import Counter
 
+import pytest
+
 from conftest import PROJECT
 
 
@@ -25,10 +27,15 @@ def test_both_readmes_have_the_same_links_and_each_leads_to_the_other():
     links = [re.findall(r"\]\(([^#)][^)]*)\)", read(name)[0]) for name in ("README.md", "README.ja.md")]
     assert links[0].pop(0) == "README.ja.md" and links[1].pop(0) == "README.md"
     assert sorted(links[0]) == sorted(links[1])
-    for name in ("README.md", "README.ja.md"):
-        text, _ = read(name)
-        headings = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)]
-        assert set(re.findall(r"\]\(#(.*?)\)", text)) <= set(headings)
+
+
+@pytest.mark.parametrize("path", [*PROJECT.glob("README*.md"), *(PROJECT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_each_link_leads_to_a_file_and_a_heading(path):
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        target = path.parent / name if name else path
+        assert target.exists(), name
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], anchor
 
 
 def test_both_readmes_have_the_same_numbers():

@@ -1,4 +1,5 @@
 """What a run shows: pictures, report.csv, the summary and its table, TensorBoard, the comparison of two runs."""
+import functools
 import io
 import json
 import math
@@ -57,6 +58,14 @@ def test_a_confusion_matrix_shows_counts_and_class_names():
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["rain", "$5$ coin"] and not labels[1].get_parse_math()
     assert axes.get_ylabel() == "true class"
+
+
+def test_rows_of_the_confusion_matrix_are_true_classes(tmp_path, monkeypatch):
+    seen, small_figure = [], functools.partial(Figure, figsize=(0.2, 0.2))
+    monkeypatch.setattr(report, "curves_figure", lambda rows: small_figure())
+    monkeypatch.setattr(report, "confusion_figure", lambda matrix, classes: seen.append(matrix.tolist()) or small_figure())
+    report.write_pictures(tmp_path, [], torch.tensor([0, 1, 1]), torch.tensor([0, 0, 0]), ["a", "b", "c"])
+    assert seen == [[[1, 0, 0], [2, 0, 0], [0, 0, 0]]]
 
 
 def test_a_confusion_matrix_of_many_classes_is_not_drawn_ever_larger():

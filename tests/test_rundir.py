@@ -213,12 +213,6 @@ def test_resume_refuses_flags_that_would_change_the_result(reference, shared_run
     assert run_config_of(reference) == run_config_of(shared_run)
 
 
-def test_a_schedule_that_has_ended_has_no_further_epochs(pristine_root, tmp_path, capsys):
-    run_dir = train_in(tmp_path / "run", pristine_root, "--lr-schedule", "cosine")
-    run("--resume", run_dir, "--epochs", 3, status=2)
-    assert "--epochs 3" in error_line(capsys)
-
-
 def test_resume_finds_moved_data_and_refuses_other_data(root, tmp_path, capsys):
     run_dir = train_in(tmp_path / "run", root, "--epochs", 1)
     moved = root.rename(tmp_path / "moved")

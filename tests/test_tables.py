@@ -270,10 +270,12 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "absent")
 
 
-def test_of_several_layouts_the_first_is_taken_and_told(own_root):
+def test_of_several_layouts_the_first_is_taken_and_told(own_root, tmp_path):
     write_table(own_root, "file_name,label", "audio/a.wav,x", "audio/b.wav,y")
     layout, _, notes = tables.read_table(own_root)
-    assert layout == "ESC-50" and len(notes) == 1 and "metadata.csv" not in layout and "ESC-50 is used" in notes[0]
+    assert layout == "ESC-50" and notes == [f"{own_root} holds ESC-50 and a table; ESC-50 is used"]
+    write_table(tmp_path / "us", URBANSOUND, "a.wav,1,0,1,1,5,3,dog", "b.wav,1,0,1,1,1,2,child", name="metadata/UrbanSound8K.csv")
+    assert tables.read_table(write_table(tmp_path / "us", "file_name,label", "a.wav,x", "b.wav,y"))[0] == "UrbanSound8K"
 
 
 def test_assigned_folds_are_stratified_whole_in_groups_and_the_same_in_any_order(tmp_path):

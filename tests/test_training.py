@@ -554,7 +554,7 @@ def test_flags_of_the_optimizer_the_loss_and_the_average_reach_the_training(pris
     assert len(compiled) == 1
 
 
-def test_precision_data_and_folds_are_those_of_the_flags(shared_root, tmp_path, monkeypatch):
+def test_precision_data_and_folds_are_those_of_the_flags(shared_root, tmp_path, monkeypatch, capsys):
     seen, train_one_epoch, evaluate = [], training.train_one_epoch, training.evaluate
     monkeypatch.setattr(training, "train_one_epoch", lambda *arguments, **keywords: seen.append(arguments[4]) or
                         train_one_epoch(*arguments, **keywords))
@@ -564,7 +564,22 @@ def test_precision_data_and_folds_are_those_of_the_flags(shared_root, tmp_path, 
     assert set(seen) == {"bf16"}
     assert sorted(path.name for path in (run_dir / "seed-42").iterdir()) == ["fold-1", "fold-2", "fold-3", "fold-none"]
     assert last_checkpoint(run_dir)["classes"] == ["sound_0", "sound_1"]  # ESC-10's, of four
+    capsys.readouterr()
     run("--data", shared_root, "--run-dir", tmp_path / "absent", "--fold", "all", 7, status=2)
+    assert "--fold 7" in error_line(capsys) and not (tmp_path / "absent").exists()
+
+
+def test_no_clip_of_the_validation_fold_is_trained_on(pristine_root, tmp_path, monkeypatch):
+    folds, draws = {}, set()
+    for name in ("training_batches", "validation_batches"):
+        def watched(dataset, indices, mean_std, *, name=name, make=getattr(dsets, name), **options):
+            folds.setdefault(name, set()).update(dataset.table["fold"][indices.numpy()])
+            draws.add((options.get("seed"), options.get("fold")))
+            return make(dataset, indices, mean_std, **options)
+        monkeypatch.setattr(dsets, name, watched)
+    train_in(tmp_path / "run", pristine_root, "--fold", 2, "--seed", 7, "--epochs", 1)
+    assert folds == {"training_batches": {1, 3}, "validation_batches": {2}}
+    assert draws == {(7, 2), (None, None)}
 
 
 def test_predictions_csv_has_a_row_for_each_validated_clip(shared_run, pristine_root):
@@ -601,7 +616,7 @@ def test_a_folder_of_class_folders_is_trained_and_told_about(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "folders " in told and "6 clips, 2 classes, folds 1, 2, 3" in told
     assert "1 recording is longer than 5 s, and its first 5 s are used (--split-long uses all): None/0.wav" in told
-    assert json.loads((run_dir / "summary.json").read_text())["mean"]["accuracy"] >= 0
+    assert [each["fold"] for each in json.loads((run_dir / "summary.json").read_text())["trainings"]] == [1, 2, 3]
     assert set(pd.read_csv(run_dir / "predictions.csv", keep_default_na=False)["true_class"]) == {"None", "低い"}
 
     train_in(tmp_path / "split", root, "--split-long", *flags)

@@ -3,9 +3,13 @@ import numpy as np
 import pytest
 import soundfile
 
+import models
 import predict
+import training
 from conftest import REAL
 from dsets import SAMPLE_RATE
+from util import checkpoint as checkpoints
+from util.config import parse_args
 
 
 def test_the_weights_name_fifty_classes_of_any_recording(tmp_path, capsys):
@@ -17,6 +21,11 @@ def test_the_weights_name_fifty_classes_of_any_recording(tmp_path, capsys):
     assert windows.keys() == {"0", "1", "mean"}
     assert all(len(found) == 50 and sum(found.values()) == pytest.approx(1, abs=1e-3) for found in windows.values())
     assert str(predict.WEIGHTS) in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_strong_training_can_start_from_the_weights():
+    features = vars(training.feature_params(parse_args(["--recipe", "strong"])))
+    assert len(checkpoints.load_pretrained(models.build_model("cnn8", 3), str(predict.WEIGHTS), features)) == 50
 
 
 @pytest.mark.slow
