@@ -167,7 +167,7 @@ class ESC50(torch.utils.data.Dataset):
 
     def add_notes(self, remarks: dict[str, list[str]], files) -> None:
         """Add remarks, each with the names of its recordings, to the notes, as far as these are among `files`."""
-        for note, names in remarks.items():
+        for note, names in remarks.items():  # of features kept by another version, a note may have other words
             if names := sorted(set(names) & set(files)):
                 said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES.get(note, note)}"
                 self.notes.append(f"{said}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
@@ -257,8 +257,9 @@ def draw_corners(count: int, generator: torch.Generator, params: FeatureParams, 
                  shift_mels: int = 0) -> torch.Tensor:
     """Random corners (count, 2) of crops, int64: lowest mel in 0..28, first frame in 0..47 + shift_frames (430 at most).
 
-    The lowest mel lies up to shift_mels lower or higher than that. See `crop` for what lies beyond the edges.
+    The lowest mel lies up to shift_mels lower or higher than that (at most 127). See `crop` for what lies beyond the edges.
     """
+    shift_mels = min(shift_mels, params.n_mels - 1)
     mels = torch.randint(-shift_mels, params.n_mels - params.crop_mels + 1 + shift_mels, (count,), generator=generator)
     last = min(params.num_frames, params.num_frames - params.crop_frames + 1 + shift_frames)
     frames = torch.randint(last, (count,), generator=generator)

@@ -353,7 +353,8 @@ def test_the_formats_taken_are_known_and_refer_to_nothing():
 def test_absurd_rates_and_channels_are_refused(tmp_path, rate, channels):
     header = struct.pack("<HHIIHH", 1, channels, rate, 0, channels * 2 % 65_536, 16)
     (tmp_path / "a.wav").write_bytes(PLAIN[:20] + header + PLAIN[36:])
-    assert refused(list, waveforms.windows(tmp_path / "a.wav")).startswith(f"{tmp_path / 'a.wav'}: ")
+    message = refused(list, waveforms.windows(tmp_path / "a.wav"))
+    assert message.startswith(f"{tmp_path / 'a.wav'}: ") and (channels != 65 or "65 channels" in message)
 
 
 def test_24_bits_in_4_bytes_are_refused(tmp_path):

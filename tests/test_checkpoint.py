@@ -116,7 +116,8 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     write_garbage(tmp_path / "weights.pth", kind)
     for function in (checkpoints.load_tensors, checkpoints.load_checkpoint):
-        assert str(tmp_path / "weights.pth") in refused(function, tmp_path / "weights.pth")
+        message = refused(function, tmp_path / "weights.pth")
+        assert str(tmp_path / "weights.pth") in message and (kind != "bomb" or "unpacks to more than it is" in message)
     assert "weights.pth" in refused(checkpoints.load_pretrained, Tiny(2), "weights.pth", FEATURES)
     assert not Path("executed").exists()
 

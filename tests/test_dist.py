@@ -205,7 +205,7 @@ def test_one_process_without_torchrun_is_rank_0_of_1():
     assert dist.claim_message() and dist.own_device(torch.device("cuda")) == torch.device("cuda")
 
 
-def test_of_several_ranks_one_is_the_first_to_ask(monkeypatch):
+def test_of_several_ranks_one_claims_the_message(monkeypatch):
     monkeypatch.setattr(dist, "store", torch.distributed.HashStore())
     assert [dist.claim_message() for _ in range(3)] == [True, False, False]
 
