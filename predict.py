@@ -20,7 +20,7 @@ import sys
 import threading
 from pathlib import Path
 
-from util.errors import UserError, exit_on_error, print_error, printable, reason, write_atomically
+from util.errors import UserError, exit_on_error, print_error, printable, reason, refuse_flags, write_atomically
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "cnn8-esc50.pt"  # how it was made: docs/results.md
 
@@ -49,10 +49,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes a GPU if there is one (default auto)")
     parser.add_argument("--onnx", metavar="FILE", help="write the network, from waveform to probabilities, as an ONNX graph")
-
-    def refuse(message: str):
-        raise UserError(f"{message}; --help lists the flags")
-    parser.error = refuse  # one line, without the usage
+    parser.error = refuse_flags
     args = parser.parse_intermixed_args(argv)  # flags may stand between the names
     check_hop(args.hop)
     if args.top < 1:

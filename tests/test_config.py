@@ -12,7 +12,7 @@ import training
 from conftest import PROJECT, run, train_in
 from util import config
 from util.config import Config, parse_args
-from util.errors import UserError
+from util.errors import UserError, flag_name
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_help_is_grouped_and_says_every_default():
         assert f"\n{group}\n" in text
     text = " ".join(text.split())
     for name, default in vars(Config()).items():
-        assert config.flag_name(name) in text
+        assert flag_name(name) in text
         if default and name not in config.STRONG:
             assert f"default {default[0] if isinstance(default, list) else default})" in text, name
     for name, strong in config.STRONG.items():
@@ -182,7 +182,7 @@ def test_masks_and_other_augmentation_reach_the_batches(root, tmp_path, monkeypa
     given = {"freq_mask": 3, "time_mask": 5, "views": 2, "mixup": 0.4, "time_shift": 1.5, "time_stretch": 0.2, "freq_shift": 4,
              "gain": 2.0, "filter_augment": 3.0}
     assert given.keys() == set(training.AUGMENTATIONS)
-    flags = [part for name, value in given.items() for part in (config.flag_name(name), value)]
+    flags = [part for name, value in given.items() for part in (flag_name(name), value)]
     train_in(tmp_path / "run", root, *flags)
     assert masks == {(3, 5)}
     assert all(each.items() >= given.items() for each in options) and {each["epoch"] for each in options} == {1, 2}

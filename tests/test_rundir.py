@@ -169,14 +169,14 @@ def test_damaged_metrics_are_refused_and_written_again_once_removed(reference, s
 # --- joining and continuing a run -------------------------------------------------------------------------------------
 
 def test_commands_join_a_folder_with_trainings_of_their_own(pristine_root, shared_run, tmp_path, capsys):
-    run_dir = train_in(tmp_path / "run", pristine_root, "--fold", 3, "--seed", 1)
+    run_dir = train_in(tmp_path / "a run", pristine_root, "--fold", 3, "--seed", 1)
     train_in(run_dir, pristine_root, "--fold", 1, "--seed", 2)
     assert run_config_of(run_dir)["flags"]["fold"] == [1, 3]
     run("--resume", run_dir)  # the other two
     assert results_of(run_dir) == results_of(shared_run)
     capsys.readouterr()
     assert "--batch-size" in refused_in(capsys, run_dir, pristine_root, "--fold", 2, "--batch-size", 5)
-    assert f"--resume {run_dir}" in refused_in(capsys, run_dir, pristine_root, "--fold", 1, "--seed", 1)
+    assert f"--resume '{run_dir.as_posix()}'" in refused_in(capsys, run_dir, pristine_root, "--fold", 1, "--seed", 1)
 
 
 def test_resume_takes_further_folds_and_seeds(pristine_root, shared_run, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from util import rundir
-from util.errors import UserError, check_types, reason
+from util.errors import UserError, check_types, flag_name, reason, refuse_flags
 
 MODELS = ("cnn8", "cnn4", "resnet18")  # the names in models.MODELS
 TTA_CROPS = (1, 3, 9)  # the numbers that dsets.validation_corners knows
@@ -127,11 +127,6 @@ def recipe_flags(recipe: str | None, model: str) -> dict:
     return STRONG | (STRONG_CNN4 if model == "cnn4" else {}) if recipe == "strong" else {}
 
 
-def flag_name(name: str) -> str:
-    """The flag as the user writes it."""
-    return name if name == "comment" else "--" + name.replace("_", "-")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.py", allow_abbrev=False,
@@ -150,10 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         elif default:
             options["help"] += f" (default {default[0] if isinstance(default, list) else default})"
         group.add_argument(flag_name(each.name), default=default, **options)
-
-    def refuse(message: str):
-        raise UserError(f"{message}; --help lists the flags")
-    parser.error = refuse  # one line, without the usage
+    parser.error = refuse_flags
     return parser
 
 

@@ -27,6 +27,16 @@ def as_argument(path: Path) -> str:
     return shlex.quote(path.as_posix())
 
 
+def flag_name(name: str) -> str:
+    """A flag as it is typed, from the name of its value: tb_prefix -> --tb-prefix."""
+    return name if name == "comment" else "--" + name.replace("_", "-")
+
+
+def refuse_flags(message: str):
+    """For an argparse parser's `error`, which would print its usage and exit."""
+    raise UserError(f"{message}; --help lists the flags")
+
+
 def print_error(program: str, message: str) -> None:
     """Print one line on stderr, of 2000 characters at most and without control characters, whatever names are in it."""
     line = printable(message)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from util.errors import UserError, check_regular_file, check_types, reason, write_atomically
+from util.errors import UserError, as_argument, check_regular_file, check_types, flag_name, reason, write_atomically
 
 LIBRARIES = ("torch", "torchaudio", "numpy", "scikit-learn", "pandas", "av", "soxr")
 RUN_CONFIG_TYPES = {"flags": dict, "features": dict, "versions": dict, "git": dict, "hardware": dict, "hardware.threads": int,
@@ -91,11 +91,11 @@ def record_run(run_dir: Path, run_config: dict, may_differ: set[str], resume: bo
         begun = [(seed, fold) for seed in flags["seed"] for fold in flags["fold"] if training_dir(run_dir, seed, fold).exists()]
         if begun and not resume:
             raise UserError(f"--run-dir {run_dir}: (seed, fold) {begun[0]} has already begun there; continue it with --resume "
-                            f"{run_dir}, or name another folder")
+                            f"{as_argument(run_dir)}, or name another folder")
         if (run_dir / "run.json").exists():
             there = read_run_config(run_dir)
             compared = flags.keys() - may_differ - {"seed", "fold", *(["epochs"] if resume else [])}
-            then, now = ({"--" + name.replace("_", "-"): each.get(name) for name in compared} for each in (there["flags"], flags))
+            then, now = ({flag_name(name): each.get(name) for name in compared} for each in (there["flags"], flags))
             check_same(f"--run-dir {run_dir}: the run there has other flags; use the same, or another folder", then, now)
             check_same_run(run_dir, there, run_config)
             run_config = with_session(there, run_config)
