@@ -107,12 +107,15 @@ def test_many_channels_in_planes_of_their_own_are_decoded(tmp_path, form, codec,
     ("a.wav", ["-c:a", "mp3"], 1e-5), ("a.wav", ["-rf64", "always"], 0), ("a.avi", ["-c:a", "mp2"], 1e-5),
     ("a.ts", ["-c:a", "mp2"], 1e-5), ("a.wv", [], 0)])
 def test_samples_are_those_of_ffmpeg_from_the_first_to_the_last(tmp_path, capfd, name, options, tolerance):
-    (tmp_path / "plain.wav").write_bytes(wav_bytes(noise(7.3)))
-    path = tmp_path / name
+    plain, path = noise(7.3), tmp_path / name
+    (tmp_path / "plain.wav").write_bytes(wav_bytes(plain))
     ffmpeg = ["ffmpeg", "-nostdin", "-loglevel", "error", "-i"]
     subprocess.run([*ffmpeg, tmp_path / "plain.wav", *options, path], check=True)
     expected = np.frombuffer(subprocess.check_output([*ffmpeg, path, "-f", "f32le", "-"]), np.float32)[:, None]
     samples, notes = decode(path)
+    if name in ("a.m4a", "a.3gp") and len(expected) == len(plain):  # FFmpeg 9 leaves out what fills AAC's last frame of 1024
+        assert len(samples) - len(plain) < 1024
+        samples = samples[:len(plain)]
     assert samples.shape == expected.shape and np.abs(samples - expected).max() <= tolerance
     assert notes == [] and capfd.readouterr().err == ""
 

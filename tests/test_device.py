@@ -5,6 +5,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import psutil
 import pytest
@@ -106,8 +108,8 @@ def test_freed_memory_is_used_again():
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
     """torch's compiler, with a cache of the test's own."""
-    if not shutil.which("g++"):
-        pytest.skip("torch.compile wants a C++ compiler")
+    if not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("torch.compile wants a C++ compiler and Python's headers")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])  # to probe them takes half a minute
 

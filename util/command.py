@@ -5,6 +5,7 @@ import sys
 import threading
 
 import torch
+from tqdm import tqdm
 
 from util import device as machine
 from util import dist
@@ -23,6 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 def open_output() -> None:
     """Make standard output and error take what is printed: nothing where the caller closed them, and every letter of a name."""
+    tqdm.set_lock(threading.RLock())  # its own is for several processes too; from Python 3.14 on, another one watches over that
     if sys.stdout is None:
         discard_output()
     if sys.stderr is None:
@@ -80,7 +82,8 @@ def run_between_handlers(run, argv: list[str], signals: list[int]) -> int:
         elif "allocate memory" in str(error):  # torch's CPU allocator has no type of its own for it
             message = too_large
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"--compile: torch cannot compile here ({reason(error)}); leave it out"
+            message = (f"--compile: torch cannot compile here ({reason(error)}); install a C++ compiler and Python's headers "
+                       f"(Debian: g++ python3-dev), or leave it out")
         else:
             raise
     except Interrupted as interruption:
