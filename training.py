@@ -237,6 +237,8 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
                                          **options, **ranks)
         lrs = [lr_at_step(step, config.epochs * steps, config.lr, config.lr_schedule)
                for step in range((epoch - 1) * steps, epoch * steps)]
+        # what a network draws itself, as nn.Dropout does, comes from the global generator
+        torch.manual_seed(dsets.generator_for(seed, fold, epoch, f"network, rank {dist.rank()}").initial_seed())
         start = time.perf_counter()
         trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
                                   class_weights=class_weights, ema=ema, recorder=recorder)

@@ -393,9 +393,17 @@ def test_killed_at_any_point_a_run_ends_as_if_it_never_was(pristine_root, tmp_pa
         assert "confusion" in events.Tags()["images"] and "final/accuracy" in events.Tags()["scalars"]
 
 
+class DroppingOut(Tiny):
+    """A network that draws numbers itself."""
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.2, self.training))
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_strong_training_resumes_to_the_last_bit(pristine_root, tmp_path, monkeypatch, precision):
-    """With EMA, schedule, AdamW and every augmentation."""
+    """With EMA, schedule, AdamW, every augmentation, and dropout."""
+    monkeypatch.setitem(models.MODELS, "cnn8", DroppingOut)
     flags = [*STRONG, "--epochs", 4, "--precision", precision]
     whole = train_in(tmp_path / "whole", pristine_root, *flags)
     with monkeypatch.context() as context, pytest.raises(Killed):
