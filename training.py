@@ -237,11 +237,10 @@ def train(folder: Path, dataset: dsets.ESC50, config: Config, seed: int, fold: i
                                          **options, **ranks)
         lrs = [lr_at_step(step, config.epochs * steps, config.lr, config.lr_schedule)
                for step in range((epoch - 1) * steps, epoch * steps)]
-        # what a network draws itself, as nn.Dropout does, comes from the global generator
-        torch.manual_seed(dsets.generator_for(seed, fold, epoch, f"network, rank {dist.rank()}").initial_seed())
         start = time.perf_counter()
-        trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
-                                  class_weights=class_weights, ema=ema, recorder=recorder)
+        with seeded(seed, fold, epoch, f"network, rank {dist.rank()}", device):  # what it draws itself, as nn.Dropout does
+            trained = train_one_epoch(model, optimizer, batches, lrs, config.precision, label_smoothing=config.label_smoothing,
+                                      class_weights=class_weights, ema=ema, recorder=recorder)
         middle = time.perf_counter()
         batches = dsets.validation_batches(dataset, validation, mean_std, batch_size=config.batch_size, device=device,
                                            tta_crops=config.tta_crops, **ranks)
@@ -296,10 +295,17 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     return len(targets) / ((counts > 0).sum() * counts.clamp(min=1))  # -> (classes,) float32
 
 
+@contextlib.contextmanager
+def seeded(seed: int, fold: int | str, epoch: int, purpose: str, device: torch.device):
+    """Within it, torch's global generators begin as `dsets.generator_for` says; after it, they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(dsets.generator_for(seed, fold, epoch, purpose).initial_seed())
+        yield
+
+
 def start_model(name: str, pretrained: str | None, dataset: dsets.ESC50, seed: int, fold: int | str) -> torch.nn.Module:
     """The model with the weights that (seed, fold) give, or pretrained ones below a last layer that they give."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(dsets.generator_for(seed, fold, 0, "weights").initial_seed())
+    with seeded(seed, fold, 0, "weights", torch.device("cpu")):
         try:
             model = models.build_model(name, len(dataset.classes), dataset.params.input_shape)
         except ValueError as error:
