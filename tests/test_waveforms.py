@@ -125,6 +125,16 @@ def test_sounds_that_a_network_cannot_judge_are_told(tmp_path, samples, note):
         assert [found for found in notes if found != waveforms.LONGER] == ([note] if note else [])
 
 
+@pytest.mark.parametrize("end, note", [(5, "is silent"), (11, "has silent clips"), (16, None)])
+def test_a_silent_clip_is_told_where_it_is_the_only_one_of_its_recording(tmp_path, end, note):
+    sound = tone(20, 8000)
+    sound[(0 if end == 5 else 5) * 8000:15 * 8000] = 0
+    soundfile.write(tmp_path / "a.wav", sound, 8000)
+    notes = []
+    clip, = waveforms.load_clips(tmp_path / "a.wav", [(end - 3, end)], notes)
+    assert (clip.abs().max() > 0.1) == (note is None) and notes == [note] * (note is not None)
+
+
 SPANS = [(0.0, math.nan), (0.5, 3.0), (0.5, 5.25), (2.0, 20.0), (7.25, 8.0), (11.0, math.nan)]
 
 

@@ -20,12 +20,12 @@ SILENCE = 2.0 ** -16  # half a step of 16 bits
 CANCELED = 1e-3  # the mean of the channels has -30 dB of their power; that of unlike channels has 1/64 or more
 INTEGERS = 4.0  # 12 dB above full scale: lossy formats overshoot by less than half of that
 LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
-SILENT_CLIPS = "has silent clips"
+SILENT, CANCELING, SILENT_CLIPS = "is silent", "has channels that cancel each other, their mean is silent", "has silent clips"
 LONGER = "is longer than 5 s, and its first 5 s are used (--split-long uses all)"
 INCOMPLETE = "lacks some of its sound, cut short or damaged"
 SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
-    "is silent": "are silent",
-    "has channels that cancel each other, their mean is silent": "have channels that cancel each other, their mean is silent",
+    SILENT: "are silent",
+    CANCELING: "have channels that cancel each other, their mean is silent",
     "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers",
     SILENT_CLIPS: "have silent clips",
     LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)",
@@ -96,11 +96,11 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
 
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
-    end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, and one if one of
-    several parts is silent.
+    end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, and one if a
+    part is silent, but not the whole.
     Raises UserError also where a part lacks sound that the file promises, and where it begins after the end.
     """
-    notes = [] if notes is None else notes
+    notes, has_silence = [] if notes is None else notes, False
     with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
         offset, pending = 0, np.zeros(0, np.float32)  # the samples from `offset` on that have been read
         for start, end in spans:
@@ -123,11 +123,12 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
                 raise UserError(f"{path}: {recording.notes[-1]}")
             if offset + len(pending) >= last + LONGER_SAMPLES <= end_sample:
                 notes.append(LONGER)
-            if len(spans) > 1 and max(found.max(), -found.min()) < SILENCE:
-                notes.append(SILENT_CLIPS)
+            has_silence |= max(found.max(), -found.min()) < SILENCE
             waveform = np.zeros(CLIP_SAMPLES, np.float32)
             waveform[:len(found)] = found
             yield torch.from_numpy(waveform)[None]  # (220500,) -> (1, 220500)
+    if has_silence and SILENT not in notes and CANCELING not in notes:
+        notes.append(SILENT_CLIPS)
 
 
 def load_waveform(path: str | Path, start: float = 0.0, end: float = math.nan) -> torch.Tensor:
