@@ -146,7 +146,7 @@ def test_urbansound8k_is_read_as_published(tmp_path):
     root = write_table(tmp_path, URBANSOUND, "100032-3-0-0.wav,100032,0.0,0.317551,1,5,3,dog_bark",
                        "100263-2-0-117.wav,100263,58.5,62.5,1,10,2,children_playing", name="metadata/UrbanSound8K.csv")
     layout, table, notes = tables.read_table(root)
-    assert layout == "UrbanSound8K" and notes == []
+    assert layout == "UrbanSound8K" and len(notes) == 1 and "children_playing (1); dog_bark (1)" in notes[0], "of each one clip"
     assert table["file"].tolist() == ["audio/fold10/100263-2-0-117.wav", "audio/fold5/100032-3-0-0.wav"]
     assert table["category"].tolist() == ["children_playing", "dog_bark"] and table["fold"].tolist() == [10, 5]
     # its start and end are those of the clip in its source: the file is the clip
@@ -164,7 +164,7 @@ def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
     assert table["category"].tolist() == ["dog", "cat", "dog", "rain", "rain"] and table["place"][4] == "roof"
     assert table["group"].tolist() == ["street", "street", "c.wav", "d.wav", "day/a.wav"]
     assert set(table["fold"]) == {1, 2} and table["fold"][0] == table["fold"][1]
-    assert len(notes) == 2 and "cat (1)" in notes[0] and "assigned to 2" in notes[1]
+    assert len(notes) == 2 and "assigned to 2" in notes[0] and "cat (1)" in notes[1]
 
 
 def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
@@ -220,7 +220,16 @@ def test_folds_and_groups_are_those_of_a_whole_recording(tmp_path, column, value
 def test_given_folds_are_kept_and_a_group_in_two_of_them_is_told(tmp_path):
     root = write_table(tmp_path, "file_name,label,fold,group", "a.wav,rain,0,roof", "b.wav,dog,7,roof", "c.wav,dog,0,")
     _, table, notes = tables.read_table(root)
-    assert table["fold"].tolist() == [0, 7, 0] and len(notes) == 1 and "roof" in notes[0]
+    assert table["fold"].tolist() == [0, 7, 0] and len(notes) == 2 and "roof" in notes[0] and "rain (1)" in notes[1]
+
+
+def test_classes_that_are_not_in_all_folds_are_told(tmp_path):
+    folds = {"everywhere": [1, 2, 3], "alone": [2, 2, 2], "twice": [1, 3, 1]}
+    rows = [f"{label}{number}.wav,{label},{fold}" for label in folds for number, fold in enumerate(folds[label])]
+    _, _, notes = tables.read_table(write_table(tmp_path, "file_name,label,fold", *rows))
+    assert len(notes) == 1 and notes[0].endswith(": alone (1); twice (2)") and "3 folds" in notes[0]
+    one_fold = [row.rpartition(",")[0] + ",1" for row in rows]
+    assert tables.read_table(write_table(tmp_path, "file_name,label,fold", *one_fold))[2] == []
 
 
 def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):

@@ -66,8 +66,13 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
             notes.append(f"{groups} in several folds (as {split.idxmax()}): accuracy is optimistic, as clips of one source are on"
                          f" both sides")
     else:
-        table = assign_folds(root, table, folds or NUM_FOLDS, notes)
+        table = assign_folds(root, table, folds or NUM_FOLDS)
         notes.append(f"there are no folds: the clips are assigned to {folds or NUM_FOLDS} (--folds)")
+    counts, num_folds = table.groupby("category")["fold"].nunique(), table["fold"].nunique()
+    if num_folds > 1 and (counts < num_folds).any():
+        few = [f"{name} ({count})" for name, count in counts[counts < num_folds].items()]
+        notes.append(f"classes missing in some of the {num_folds} folds, and how many have them (one in a single fold is never "
+                     f"learned where it is validated): {first_ten(few)}")
     return layout, table.reset_index(drop=True), notes
 
 
@@ -245,23 +250,18 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     return table
 
 
-def assign_folds(root: Path, table: pd.DataFrame, folds: int, notes: list[str]) -> pd.DataFrame:
+def assign_folds(root: Path, table: pd.DataFrame, folds: int) -> pd.DataFrame:
     """The table with a column fold, 1 to `folds`: stratified by class, groups whole, the same on every machine."""
     from sklearn.model_selection import StratifiedGroupKFold  # here: it takes a second to import
     fold = np.zeros(len(table), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=FOLDS_SEED)
-    # a ValueError: fewer clips of every class than folds; warnings of small classes, which a note tells
+    # a ValueError: fewer clips of every class than folds; warnings of small classes, which read_table tells
     with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
         for number, (_, held_out) in enumerate(splitter.split(fold, table["category"], table["group"]), start=1):
             fold[held_out] = number
-    groups = table.groupby("category")["group"].nunique()
     if set(fold) != set(range(1, folds + 1)):
-        most = groups.max()
+        most = table.groupby("category")["group"].nunique().max()
         remedy = f"add --folds {most}, or recordings" if most > 1 else "add recordings, of further groups if the table has groups"
         raise UserError(f"--folds {folds}: {root} has at most {most} recordings or groups of a class, expected one for each "
                         f"fold; {remedy}")
-    if (groups < folds).any():
-        few = [f"{name} ({count})" for name, count in groups[groups < folds].items()]
-        notes.append(f"classes with fewer recordings or groups than {folds} folds are missing in some of them (a class with one "
-                     f"is never learned where it is validated): {first_ten(few)}")
     return table.assign(fold=fold)
