@@ -1,4 +1,5 @@
 """Tables of data sets: what is read, and that what is wrong is refused by file, line and column."""
+import os
 import re
 import sys
 import unicodedata
@@ -242,6 +243,23 @@ def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):
     assert table["category"].tolist() == ["dog", "rain", "rain", "雨"]
     assert sum("empty" in note for note in notes) == 1 and not any("features" in note or ".git" in note for note in notes)
     assert sum("loose.wav" in note for note in notes) == 1
+
+
+def deny(function, locked: str):
+    """The function, which may not read what begins with this name."""
+    def denied(path, *arguments, **options):
+        if str(path).startswith(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, *arguments, **options)
+    return denied
+
+
+def test_a_folder_that_may_not_be_read_is_listed_itself(tmp_path, monkeypatch):
+    write_sounds(tmp_path, [f"{name}/{number}.wav" for name in ("rain", "dog", "locked") for number in range(2)])
+    monkeypatch.setattr(os, "scandir", deny(os.scandir, str(tmp_path / "locked")))
+    monkeypatch.setattr(os, "stat", deny(os.stat, str(tmp_path / "locked") + os.sep))
+    _, table, _ = tables.read_table(tmp_path, folds=2)
+    assert table["file"].tolist() == ["dog/0.wav", "dog/1.wav", "locked", "rain/0.wav", "rain/1.wav"]
 
 
 def test_a_link_to_itself_is_passed_over(tmp_path):

@@ -225,7 +225,7 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
             continue
         if root.resolve().is_relative_to(folder.resolve()):  # a link to the data folder itself
             continue
-        if inner := [table for table in (ESC50_TABLE, URBANSOUND_TABLE) if (folder / table).exists()]:  # no class has one
+        if inner := [table for table in (ESC50_TABLE, URBANSOUND_TABLE) if os.path.exists(folder / table)]:  # no class has one
             raise UserError(f"--data {root}: its folder {folder.name} is a data folder, not a class (it has {inner[0]}); name "
                             f"that one, or one without it")
         try:
