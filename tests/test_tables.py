@@ -209,6 +209,11 @@ def test_a_bad_cell_of_ones_own_table_is_refused_by_line_and_column(tmp_path, li
     assert re.search(rf"metadata.csv: line {line}: {column} is ", message)
 
 
+def test_lines_are_counted_past_cells_with_line_breaks_and_blank_lines(tmp_path):
+    message = refused(write_table(tmp_path, 'file_name,label,"a\nremark"', 'a.wav,rain,"two\nlines"', "", "b.wav,,", "c.wav,,"))
+    assert "metadata.csv: line 6: label is " in message
+
+
 @pytest.mark.parametrize("column, values, line", [
     ("fold", ["1", "2", "1"], 4), ("fold", ["1", "", "1"], 3), ("fold", ["1", "2.5", "1"], 3), ("group", ["x", "x", "y"], 4)])
 def test_folds_and_groups_are_those_of_a_whole_recording(tmp_path, column, values, line):

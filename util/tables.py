@@ -96,7 +96,7 @@ def check_free(root: Path, flag: str, clips: set[str] | None = None) -> None:
 
 
 def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = ()) -> pd.DataFrame:
-    """A table of text, its index the line less two. UserError if it is none, is empty, or lacks one of the columns.
+    """A table of text, its index the lines in the file. UserError if it is none, is empty, or lacks one of the columns.
 
     The named columns may be written with capitals and spaces: "Fold " is meant as fold; unread, it would let a source leak.
     """
@@ -104,10 +104,12 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
         raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; divide "
                         f"the clips between several data folders")
     try:
-        # blank lines are kept, so that a row's place is its line; a row with too few cells is filled up with empty ones
+        # blank lines are kept, to count lines by rows; a row with too few cells is filled up with empty ones
         with warnings.catch_warnings(action="error"):  # of rows with too many cells
             table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skip_blank_lines=False, keep_default_na=False,
                                 index_col=False).fillna("")
+        breaks = table.apply(lambda cells: cells.str.count("\n")).sum(axis=1)  # a cell in quotes may hold line breaks
+        table.index = 2 + "".join(table.columns).count("\n") + np.arange(len(table)) + breaks.cumsum() - breaks
         plain = {name: name.strip().lower() for name in table}
         table = table.rename(columns={name: meant for name, meant in plain.items()
                                       if meant in (*columns, *optional) and meant not in table})
@@ -133,7 +135,7 @@ def checker(path: Path, table: pd.DataFrame):
         valid = np.asarray(valid, bool)
         if not valid.all():
             row = table.index[np.flatnonzero(~valid)[0]]
-            raise UserError(f"{path}: line {row + 2}: {column} is {reprlib.repr(table[column][row])}, expected {expected}")
+            raise UserError(f"{path}: line {row}: {column} is {reprlib.repr(table[column][row])}, expected {expected}")
     return check
 
 
