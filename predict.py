@@ -82,7 +82,7 @@ import models
 from dsets import CLIP_SAMPLES, SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util import device as machine
-from util import command, report, rundir, waveforms
+from util import audio, command, report, rundir, waveforms
 from util.config import TTA_CROPS
 from util.recordings import ENDINGS, find_recordings, spell_as_on_disk
 
@@ -223,12 +223,13 @@ def find_checkpoints(path: Path) -> list[Path]:
     return finished
 
 
-def predict(predictor: Predictor, name: str, hop: int, top: int, threshold: float = 0.0):
+def predict(predictor: Predictor, name: str, hop: int, top: int, threshold: float = 0.0, interrupts: list | tuple = ()):
     """Yield the rows of one recording: each window as soon as it is heard; at last the mean, with notes on the recording.
 
     hop: samples from one window's start to the next one's. A row: window (0, 1 ... "mean"), start_s, end_s, probabilities
     (classes,), top (class and probability, likeliest first; the class of a single one is "-" if the likeliest is below
-    `threshold`). In the mean, a last window that is not full weighs less. Raises UserError if the recording cannot be read.
+    `threshold`). In the mean, a last window that is not full weighs less. Where an interrupt has come into `interrupts`
+    meanwhile, no note tells that the rest is missing. Raises UserError if the recording cannot be read.
     """
     def row(window: int | str, start: int, end: int, probabilities: torch.Tensor) -> dict:
         guesses = [{"class": predictor.classes[index], "probability": value.item()}
@@ -244,6 +245,7 @@ def predict(predictor: Predictor, name: str, hop: int, top: int, threshold: floa
         for (start, length, _), probabilities in zip(batch, predictor(torch.stack([waveform for _, _, waveform in batch]))):
             yield row(count, start, start + length, probabilities)
             count, heard, total = count + 1, heard + length, total + length * probabilities.double()
+    notes = [note for note in notes if not (interrupts and audio.COPY_AGAIN in note)]
     yield row("mean", 0, start + length, total / heard) | {"notes": notes}
 
 
@@ -351,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
     for number, name in enumerate(names):
         listens = name == "-" and threading.current_thread() is threading.main_thread() and \
             signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # no other thread may handle signals
-        rows = predict(predictor, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold)
+        rows = predict(predictor, name, round(args.hop * SAMPLE_RATE), args.top, args.threshold, interrupts)
         try:
             with interrupt_ends_input(interrupts) if listens else contextlib.nullcontext():
                 if name == "-" and args.format in ("table", "csv", "jsonl"):
@@ -364,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
                     *windows, mean = rows
                     print_recording(name, windows, mean, args.format, is_first=number == failed)
             sys.stdout.flush()
-            for note in [] if interrupts else mean["notes"]:  # that an interrupted stream lacks its end is known
+            for note in mean["notes"]:
                 print_error("predict.py", f"note: {name}: {note}")
             if args.plot:
                 draw(predictor, name, windows, Path(args.plot))

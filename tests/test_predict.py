@@ -313,7 +313,7 @@ def test_a_stream_is_printed_as_it_is_heard_and_an_interrupt_gives_the_mean(one,
         lines += process.stdout.readlines()
         assert (process.wait(), process.stderr.read()) == (130, b"")
     *windows, mean = map(json.loads, lines)
-    assert [row["start_s"] for row in windows] == [0, 2.5, 5] and mean["window"] == "mean"
+    assert [row["start_s"] for row in windows] == [0, 2.5, 5] and mean["window"] == "mean" and mean["notes"] == []
     assert [row["end_s"] for row in windows[:2]] == [5, 7.5] and 7.5 < windows[2]["end_s"] == mean["end_s"] <= 9
     named = call_json(capsys, one, tmp_path / "a.wav")[0]["windows"]
     assert windows[1]["top"][0]["probability"] == pytest.approx(named[1]["top"][0]["probability"], abs=1e-4)
@@ -571,6 +571,9 @@ def test_what_is_odd_about_a_recording_is_told_and_it_is_predicted(one, tmp_path
     notes = [f"predict.py: note: {tmp_path / 'a.wav'}: {note}" for note in
              ("lacks 2.3 of its 8.0 s, cut short or damaged; copy it again", "is silent")]
     assert err.splitlines() == notes
+    predictor, name = predict.Predictor(one, "cpu"), str(tmp_path / "a.wav")
+    *_, mean = predict.predict(predictor, name, SAMPLE_RATE, top=1, interrupts=[signal.SIGINT])
+    assert mean["notes"] == ["is silent"], "that the rest is missing is known"
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ PCM = {(1, 8): "pcm_u8", (1, 16): "pcm_s16le", (1, 24): "pcm_s24le", (1, 32): "p
        (3, 64): "pcm_f64le"}  # WAV's format tag and bits of a sample -> FFmpeg's decoder
 
 NOTICED = 0.1  # s; less may be padding
+COPY_AGAIN = "copy it again"  # in the notes that tell of missing sound
 CLOCKED = ("asf", "matroska")  # containers that say at which time each packet begins, but not for sure how long the sound is
 CLOCK_STEP = 0.01  # s; they round to milliseconds
 STREAM_BYTES = 2 ** 30  # a size that is further off was written before the size was known (arecord, SoX, ffmpeg to a pipe)
@@ -279,9 +280,9 @@ class Recording:
             missing += missing_bytes / source.received * seconds
         self.is_incomplete = missing > NOTICED or self.is_broken or source.is_first
         if missing > NOTICED:
-            self.notes.append(f"lacks {missing:.1f} of its {seconds + missing:.1f} s, cut short or damaged; copy it again")
+            self.notes.append(f"lacks {missing:.1f} of its {seconds + missing:.1f} s, cut short or damaged; {COPY_AGAIN}")
         elif self.is_broken:
-            self.notes.append(f"cannot be read beyond {seconds:.1f} s; copy it again, or split it if it was joined")
+            self.notes.append(f"cannot be read beyond {seconds:.1f} s; {COPY_AGAIN}, or split it if it was joined")
 
 
 def pcm_decoder(format_chunk: bytes, path: str | Path) -> av.AudioCodecContext | None:
