@@ -18,16 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from util import cache, tables
 from util.config import Config
 from util.errors import UserError
-from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, count_seconds, load_clips, load_waveform
-
-MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip; chosen, not tuned
+from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, load_clips, load_waveform
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
 TTA_SHIFT_MELS = 5  # 4 and 7 did no better on folds 1 and 2 of ESC-50
@@ -141,7 +138,8 @@ class ESC50(torch.utils.data.Dataset):
         self.root, self.params = Path(root), params or FeatureParams()
         self.layout, table, self.notes = tables.read_table(self.root, folds)
         if split_long:
-            table = self.split_long(table)
+            table, remarks = tables.split_long(self.root, table)
+            self.add_notes(remarks, table["file"])
         keep = table["esc10"] if esc10 and self.layout == "ESC-50" else np.full(len(table), not esc10)
         if not np.any(keep):
             raise UserError(f"--esc10: no clip in {self.root} is marked as ESC-10's (meta/esc50.csv); leave the flag out")
@@ -171,25 +169,6 @@ class ESC50(torch.utils.data.Dataset):
             if names := sorted(set(names) & set(files)):
                 said = f"1 recording {note}" if len(names) == 1 else f"{len(names)} recordings {SOUND_NOTES.get(note, note)}"
                 self.notes.append(f"{said}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
-
-    def split_long(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with a row for each 5 s of recordings and parts; a rest of less than 1 s is left out."""
-        files = list(table["file"].unique())
-
-        def measure(path: Path, spans: list, remarks: list[str]):
-            yield np.float32([count_seconds(path, remarks)])
-
-        whole = [(name, 0.0, 0.0) for name in files]
-        lengths, _, remarks = cache.load_features(self.root, whole, measure, (1,), {}, kind="seconds")
-        self.add_notes(remarks, files)
-        seconds, clip_s = dict(zip(files, lengths[:, 0].tolist())), CLIP_SAMPLES / SAMPLE_RATE
-        rows = []
-        for row in table.to_dict("records"):
-            end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
-            count = math.ceil((end - row["start"] - MIN_REST_S + 1e-3) / clip_s)
-            starts = [row["start"] + clip_s * index for index in range(max(1, count))]  # beyond the end: refused where it is read
-            rows += [row | {"start": start, "end": min(start + clip_s, end)} for start in starts]
-        return pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
 
     def __len__(self) -> int:
         return len(self.table)

@@ -1,12 +1,10 @@
 """Recordings as mel-spectrograms, folds and batches."""
 import copy
-import math
 import re
 import shutil
 
 import librosa
 import numpy as np
-import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -35,24 +33,6 @@ def test_clips_that_a_network_cannot_judge_are_named_and_trained_on(own_root):
         assert sorted(dsets.ESC50(own_root).notes) == [
             "1 recording has channels that cancel each other, their mean is silent: audio/2-0-A-1.wav",
             "2 recordings are silent: audio/1-0-A-0.wav, audio/1-0-A-1.wav"]
-
-
-@pytest.mark.parametrize("seconds, spans", [
-    (0.5, [(0, 0.5)]), (5.05, [(0, 5)]), (5.9, [(0, 5)]), (6.5, [(0, 5), (5, 6.5)]), (10, [(0, 5), (5, 10)])])
-def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans):
-    for name, length in (("a.wav", seconds), ("b.wav", 5)):
-        (tmp_path / name[0]).mkdir()
-        soundfile.write(tmp_path / name[0] / name, tone(length, 8000), 8000)
-    table = pd.DataFrame({"file": ["a/a.wav", "b/b.wav"], "start": 0.0, "end": [math.nan, math.nan]})
-    ds = dsets.ESC50.__new__(dsets.ESC50)
-    ds.root = tmp_path
-    found = ds.split_long(table)
-    mine = found[found["file"] == "a/a.wav"]
-    assert list(zip(mine["start"], mine["end"])) == [pytest.approx(span, abs=0.01) for span in spans]
-    far = ds.split_long(pd.DataFrame({"file": ["a/a.wav"], "start": [1e14], "end": [math.nan]}))
-    assert far["start"].tolist() == [1e14]
-    part = ds.split_long(pd.DataFrame({"file": ["a/a.wav"], "start": [0.25], "end": [3.0]}))
-    assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)
 
 
 def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):

@@ -1,4 +1,5 @@
 """Tables of data sets: what is read, and that what is wrong is refused by file, line and column."""
+import math
 import os
 import re
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import soundfile
 
-from conftest import change_table
+from conftest import change_table, tone
 from util import tables
 from util.errors import UserError
 
@@ -323,3 +325,19 @@ def test_more_folds_than_recordings_are_refused(tmp_path):
     write_sounds(tmp_path, ["rain/a.wav", "rain/b.wav", "dog/c.wav"])
     assert "--folds 5" in refused(tmp_path) and "2" in refused(tmp_path)
     assert set(tables.read_table(tmp_path, 2)[1]["fold"]) == {1, 2}
+
+
+@pytest.mark.parametrize("seconds, spans", [
+    (0.5, [(0, 0.5)]), (5.05, [(0, 5)]), (5.9, [(0, 5)]), (6.5, [(0, 5), (5, 6.5)]), (10, [(0, 5), (5, 10)])])
+def test_split_long_makes_clips_of_all_but_a_short_rest(tmp_path, seconds, spans):
+    for name, length in (("a.wav", seconds), ("b.wav", 5)):
+        (tmp_path / name[0]).mkdir()
+        soundfile.write(tmp_path / name[0] / name, tone(length, 8000), 8000)
+    table = pd.DataFrame({"file": ["a/a.wav", "b/b.wav"], "start": 0.0, "end": [math.nan, math.nan]})
+    found, _ = tables.split_long(tmp_path, table)
+    mine = found[found["file"] == "a/a.wav"]
+    assert list(zip(mine["start"], mine["end"])) == [pytest.approx(span, abs=0.01) for span in spans]
+    far, _ = tables.split_long(tmp_path, pd.DataFrame({"file": ["a/a.wav"], "start": [1e14], "end": [math.nan]}))
+    assert far["start"].tolist() == [1e14]
+    part, _ = tables.split_long(tmp_path, pd.DataFrame({"file": ["a/a.wav"], "start": [0.25], "end": [3.0]}))
+    assert part["start"].tolist() == [0.25] and part["end"][0] == pytest.approx(min(3, seconds), abs=0.01)

@@ -6,6 +6,7 @@
     folders        a folder of recordings for each class
 """
 import contextlib
+import math
 import os
 import re
 import reprlib
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from util import cache
 from util.errors import UserError, first_ten, reason
 from util.recordings import ENDINGS, find_recordings, spell_all_as_on_disk
+from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, count_seconds
 
 # ESC-50 (Piczak, ACM MM 2015): 2000 clips, 50 classes, 5 folds.
 NUM_CLASSES = 50
@@ -25,6 +28,7 @@ COLUMNS = ["filename", "fold", "target", "category", "esc10"]
 OPTIONAL = ["fold", "group", "start", "end"]  # columns of a table of one's own
 URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Salamon et al., ACM MM 2014)
 MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
+MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip; chosen, not tuned
 FOLDS_SEED = 0  # of its own: the folds of a data set do not change with --seed
 
 ESC50_TABLE, URBANSOUND_TABLE, OWN_TABLE = Path("meta/esc50.csv"), Path("metadata/UrbanSound8K.csv"), Path("metadata.csv")
@@ -267,3 +271,23 @@ def assign_folds(root: Path, table: pd.DataFrame, folds: int) -> pd.DataFrame:
         raise UserError(f"--folds {folds}: {root} has at most {most} recordings or groups of a class, expected one for each "
                         f"fold; {remedy}")
     return table.assign(fold=fold)
+
+
+def split_long(root: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+    """The table with a row for each 5 s of recordings and parts, a rest of less than 1 s left out; and remarks on recordings.
+
+    Remarks are as `cache.load_features` gives them, which keeps the recordings' lengths.
+    """
+    def measure(path: Path, spans: list, remarks: list[str]):
+        yield np.float32([count_seconds(path, remarks)])
+
+    files, clip_s = list(table["file"].unique()), CLIP_SAMPLES / SAMPLE_RATE
+    lengths, _, remarks = cache.load_features(root, [(name, 0.0, 0.0) for name in files], measure, (1,), {}, kind="seconds")
+    seconds, rows = dict(zip(files, lengths[:, 0].tolist())), []
+    for row in table.to_dict("records"):
+        end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
+        count = math.ceil((end - row["start"] - MIN_REST_S + 1e-3) / clip_s)
+        starts = [row["start"] + clip_s * index for index in range(max(1, count))]  # beyond the end: refused where it is read
+        rows += [row | {"start": start, "end": min(start + clip_s, end)} for start in starts]
+    parts = pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
+    return parts, remarks
