@@ -297,7 +297,7 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int, fold: int | str, epoch: int, purpose: str, device: torch.device):
-    """Within it, torch's global generators begin as `dsets.generator_for` says; after it, they are as they were."""
+    """Within it, torch's global generators begin as `dsets.generator_for` says; those of CPU and `device` are restored after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(dsets.generator_for(seed, fold, epoch, purpose).initial_seed())
         yield
