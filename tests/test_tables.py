@@ -286,6 +286,20 @@ def test_links_to_one_recording_are_never_divided_and_told(tmp_path):
     assert sum("1 recordings are in several classes" in note for note in notes) == 1
 
 
+def test_links_to_one_recording_are_never_divided_in_a_table(tmp_path):
+    write_sounds(tmp_path, [f"{name}{number}.wav" for name in "ab" for number in range(5)])
+    rows = []
+    for name in ("a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2", "b3", "b4"):
+        (tmp_path / f"link-{name}.wav").symlink_to(f"{name}.wav")
+        rows += [f"{name}.wav,{name[0]}", f"link-{name}.wav,{name[0]}"]
+    _, table, _ = tables.read_table(write_table(tmp_path, "file_name,label", *rows))
+    folds = dict(zip(table["file"], table["fold"]))
+    assert all(folds[file] == folds[f"link-{file}"] for file in folds if not file.startswith("link-"))
+    for column in ("fold", "group"):
+        message = refused(write_table(tmp_path, f"file_name,label,{column}", "a0.wav,x,1", "b0.wav,y,2", "link-a0.wav,x,2"))
+        assert f"line 4: {column} is '2'" in message
+
+
 @pytest.mark.parametrize("names, words", [
     ([], "holds no data set"), (["rain/a.wav", "rain/b.wav"], "one class (rain)"), (["audio/a.wav"], "meta/esc50.csv"),
     (["audio/a.wav", "dog/b.wav"], "meta/esc50.csv"), (["a.wav", "b.wav"], "holds no data set")])

@@ -185,6 +185,11 @@ def read_urbansound8k(root: Path) -> pd.DataFrame:
                         category=table["class"])
 
 
+def recordings_of(root: Path, table: pd.DataFrame) -> pd.Series:
+    """The recording of each row: its file, or of several links to one file the first by name."""
+    return table.groupby([os.path.realpath(root / name) for name in table["file"]])["file"].transform("min")
+
+
 def read_own_table(root: Path) -> pd.DataFrame:
     """metadata.csv, as Hugging Face's AudioFolder has it: file_name, label; perhaps fold, group, start and end (s)."""
     path = root / OWN_TABLE
@@ -211,14 +216,14 @@ def read_own_table(root: Path) -> pd.DataFrame:
         table[column] = table[column].str.strip()
         if (table[column] == "").all():
             table = table.drop(columns=column)
-    by_file = table.groupby("file")
+    recordings = recordings_of(root, table)
+    same = "the same for all parts of one recording, and links to it"
     if "fold" in table:
         check(table["fold"].str.fullmatch(r"[0-9]{1,4}(\.0)?"), "fold", "a whole number for every clip, or for none")
         table["fold"] = table["fold"].astype(float).astype(int)
-        check(table["fold"] == by_file["fold"].transform("first"), "fold", "the same for all parts of one recording")
-    if "group" in table:
-        table["group"] = table["group"].where(table["group"] != "", table["file"])
-        check(table["group"] == by_file["group"].transform("first"), "group", "the same for all parts of one recording")
+        check(table["fold"] == table.groupby(recordings)["fold"].transform("first"), "fold", same)
+    table["group"] = table["group"].where(table["group"] != "", recordings) if "group" in table else recordings
+    check(table["group"] == table.groupby(recordings)["group"].transform("first"), "group", same)
     return table
 
 
@@ -248,8 +253,7 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     if loose:
         notes.append(f"recordings beside the class folders are passed over: {first_ten(loose)}")
     table = pd.DataFrame(rows, columns=["file", "category"])
-    real = [os.path.realpath(root / name) for name in table["file"]]  # several links to one file are one recording
-    table["group"] = table.groupby(real)["file"].transform("first")
+    table["group"] = recordings_of(root, table)
     classes = table.groupby("group")["category"].nunique()
     if (classes > 1).any():
         notes.append(f"{(classes > 1).sum()} recordings are in several classes, by links (as {classes.idxmax()})")
