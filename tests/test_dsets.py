@@ -45,6 +45,14 @@ def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):
     assert ds.notes == ["1 recording lacks some of its sound, cut short or damaged: a.wav"]
 
 
+@pytest.mark.parametrize("split_long", [False, True])
+def test_a_part_that_begins_after_its_recording_ends_is_refused_as_such(tmp_path, split_long):
+    soundfile.write(tmp_path / "a.wav", tone(3, 8000), 8000)
+    (tmp_path / "metadata.csv").write_text("file_name,label,start,fold\na.wav,dog,0,1\na.wav,bird,3.5,1\n")
+    with pytest.raises(UserError, match="a.wav: ends at 3.00 s, before a clip's start of 3.5 s"):
+        dsets.ESC50(tmp_path, split_long=split_long)
+
+
 @pytest.mark.parametrize("begin, end, is_told", [(4, 11, True), (0, 6, True), (6, 11, False), (0, 0, False)])
 def test_silent_clips_of_a_longer_recording_are_told(tmp_path, begin, end, is_told):
     sound = tone(15, 8000)

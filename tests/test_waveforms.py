@@ -135,6 +135,13 @@ def test_a_silent_clip_is_told_where_it_is_the_only_one_of_its_recording(tmp_pat
     assert (clip.abs().max() > 0.1) == (note is None) and notes == [note] * (note is not None)
 
 
+@pytest.mark.parametrize("start, end", [(0.5, 0.2), (0.5, 0.500005), (-1.0, 2.0), (0.0, 0.0)])
+def test_a_part_without_a_sample_is_refused(tmp_path, start, end):
+    soundfile.write(tmp_path / "a.wav", tone(1, 44_100), 44_100)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.wav'}: holds nothing from {start:g} to {end:g} s")):
+        waveforms.load_waveform(tmp_path / "a.wav", start, end)
+
+
 SPANS = [(0.0, math.nan), (0.5, 3.0), (0.5, 5.25), (2.0, 20.0), (7.25, 8.0), (11.0, math.nan)]
 
 

@@ -290,8 +290,11 @@ def split_long(root: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
     seconds, rows = dict(zip(files, lengths[:, 0].tolist())), []
     for row in table.to_dict("records"):
         end = float(np.fmin(row["end"], seconds[row["file"]]))  # an end of nan is that of the recording
+        if end <= row["start"]:  # beyond the recording's end: refused where it is read
+            rows.append(row)
+            continue
         count = math.ceil((end - row["start"] - MIN_REST_S + 1e-3) / clip_s)
-        starts = [row["start"] + clip_s * index for index in range(max(1, count))]  # beyond the end: refused where it is read
+        starts = [row["start"] + clip_s * index for index in range(max(1, count))]
         rows += [row | {"start": start, "end": min(start + clip_s, end)} for start in starts]
     parts = pd.DataFrame(rows).sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # parts may overlap
     return parts, remarks

@@ -98,7 +98,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
     end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, and one if a
     part is silent, but not the whole.
-    Raises UserError also where a part lacks sound that the file promises, and where it begins after the end.
+    Raises UserError also for a part without a sample, one that lacks sound that the file promises, and one that begins after the
+    end.
     """
     notes, has_silence = [] if notes is None else notes, False
     with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
@@ -106,6 +107,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
         for start, end in spans:
             first, parts, length = round(start * SAMPLE_RATE), [pending], len(pending)
             end_sample = math.inf if math.isnan(end) else round(end * SAMPLE_RATE)
+            if not 0 <= first < end_sample:
+                raise UserError(f"{path}: holds nothing from {start:g} to {end:g} s; expected a later end, no start below 0")
             last = min(first + CLIP_SAMPLES, end_sample)
             wanted = min(last + LONGER_SAMPLES, end_sample)
             while offset + length < wanted and (block := next(blocks, None)) is not None:
