@@ -1,5 +1,6 @@
 """Errors of one line, and files that are there whole or not at all."""
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,12 @@ def test_what_is_no_regular_file_is_refused(tmp_path, kind):
     assert str(refusal.value).startswith(f"{path}: ")
     (tmp_path / "file").write_text("")
     errors.check_regular_file(tmp_path / "file")
+
+
+def test_a_folder_that_may_not_be_read_is_said_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: may not be read")):
+        errors.check_regular_file(tmp_path)
 
 
 def test_types_are_checked_by_name():

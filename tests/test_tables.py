@@ -318,6 +318,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "absent")
 
 
+def test_a_data_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"--data {tmp_path}: may not be read" in refused(tmp_path)
+
+
 def test_of_several_layouts_the_first_is_taken_and_told(own_root, tmp_path):
     write_table(own_root, "file_name,label", "audio/a.wav,x", "audio/b.wav,y")
     layout, _, notes = tables.read_table(own_root)

@@ -61,6 +61,8 @@ def first_ten(errors: list[str]) -> str:
 
 def check_regular_file(path: str | Path) -> None:
     """Raise UserError unless there is a regular file: reading a named pipe would wait forever."""
+    if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):  # find_recordings lists such a folder itself
+        raise UserError(f"{path}: may not be read; change its permissions")
     if not os.path.isfile(path):  # False, not an error, for names that no file can have
         raise UserError(f"{path}: is not a regular file" if os.path.exists(path) else f"{path}: no such file")
 

@@ -47,6 +47,8 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     if not root.is_dir():
         raise UserError(f"--data {root}: {'is a file' if root.exists() else 'no such folder'}; name a data folder, fetch ESC-50 "
                         f"with --download, or try --demo")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"--data {root}: may not be read; change its permissions")
     found = [name for name, (table, _) in readers.items() if (root / table).exists()]
     notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
     if not found and (root / "audio").is_dir():
