@@ -157,14 +157,16 @@ class Predictor:
         """Waveforms (B, 1, 220500) -> probabilities (B, classes), on the CPU. Of a recording's name, a dictionary:
 
         file, starts and ends (W,) of its windows in s, one every `hop` s, probabilities (W, classes), their mean (classes,),
-        and notes on what is odd. Raises UserError if the recording cannot be read, for a hop beyond 0.1 to 5 s, and for a tensor
-        of another shape.
+        and notes on what is odd. Raises UserError if the recording cannot be read, for a hop beyond 0.1 to 5 s, and for what is
+        neither a name nor a tensor of that shape.
         """
         check_hop(hop)
-        if isinstance(sound, torch.Tensor):
-            if sound.ndim != 3 or len(sound) == 0 or sound.shape[1:] != (1, CLIP_SAMPLES) or not sound.is_floating_point():
-                raise UserError(f"Predictor: found waveforms {tuple(sound.shape)} of {sound.dtype}, expected floats of (B, 1, "
-                                f"{CLIP_SAMPLES}), as dsets.load_waveform(file)[None] gives")
+        if not isinstance(sound, (str, Path)):
+            if not (isinstance(sound, torch.Tensor) and sound.is_floating_point() and sound.shape[1:] == (1, CLIP_SAMPLES)
+                    and len(sound) > 0):
+                shape, dtype = tuple(getattr(sound, "shape", ())), getattr(sound, "dtype", "no dtype")
+                raise UserError(f"Predictor: found a {type(sound).__name__} {shape} of {dtype}, expected a tensor of floats "
+                                f"(B, 1, {CLIP_SAMPLES}), as dsets.load_waveform(file)[None] gives, or a recording's name")
             features = self.features(sound.float())
             return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()
         *windows, mean = predict(self, str(sound), round(hop * SAMPLE_RATE), top=1)

@@ -156,6 +156,9 @@ def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tm
     for shape in ((CLIP_SAMPLES,), (1, CLIP_SAMPLES), (2, 2, CLIP_SAMPLES), (1, 1, 44_100)):
         with pytest.raises(UserError, match="Predictor"):
             predictor(torch.zeros(shape))
+    for waveform in (np.zeros((1, 1, CLIP_SAMPLES), np.float32), [0.0] * CLIP_SAMPLES, torch.tensor(0.0), None):
+        with pytest.raises(UserError, match="Predictor"):
+            predictor(waveform)
 
 
 def test_a_window_is_predicted_alike_alone_and_among_others(one):
