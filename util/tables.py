@@ -6,6 +6,7 @@
     folders        a folder of recordings for each class
 """
 import contextlib
+import csv
 import math
 import os
 import re
@@ -110,18 +111,22 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
         raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; divide "
                         f"the clips between several data folders")
     try:
-        # blank lines are kept, to count lines by rows; a row with too few cells is filled up with empty ones
-        with warnings.catch_warnings(action="error"):  # of rows with too many cells
-            table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skip_blank_lines=False, keep_default_na=False,
-                                index_col=False).fillna("")
-        breaks = table.apply(lambda cells: cells.str.count("\n")).sum(axis=1)  # a cell in quotes may hold line breaks
-        table.index = 2 + "".join(table.columns).count("\n") + np.arange(len(table)) + breaks.cumsum() - breaks
+        (_, header), *rows = list(csv_rows(path)) or [(1, [])]
+        for line, row in rows:
+            if len(row) > len(header):
+                raise UserError(f"line {line} has {len(row)} cells, and the first line has {len(header)}")
+            row += [""] * (len(header) - len(row))
+        table = pd.DataFrame([row for _, row in rows], [line for line, _ in rows], header, dtype=str)
         plain = {name: name.strip().lower() for name in table}
         table = table.rename(columns={name: meant for name, meant in plain.items()
                                       if meant in (*columns, *optional) and meant not in table})
         if missing := [name for name in columns if name not in table]:
-            raise UserError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(table.columns))}")
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas names the line
+            raise UserError(f"it lacks {', '.join(missing)}; its first line is {reprlib.repr(','.join(header))}")
+        twice = table.columns.duplicated()
+        if several := [name for name in table.columns[twice] if name in (*columns, *optional)]:
+            raise UserError(f"it has {several[0]} twice; remove one")
+        table = table.loc[:, ~twice]  # of other columns the first
+    except (OSError, ValueError) as error:  # UserError is a ValueError
         why = reason(error)
         if isinstance(error, UnicodeDecodeError):
             why, remedy = "it is in another encoding", "save it as CSV in UTF-8"
@@ -133,6 +138,18 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
     if table.empty:
         raise UserError(f"{path}: lists no clips, expected a row for each; {remedy}")
     return table
+
+
+def csv_rows(path: Path):
+    """Yield the first line in the file and the cells of each row. UserError naming the line if it is no CSV."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        line, reader = 1, csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                yield line, row
+                line = reader.line_num + 1  # a cell in quotes may hold line breaks
+        except csv.Error as error:
+            raise UserError(f"line {line}: {error}") from error
 
 
 def checker(path: Path, table: pd.DataFrame):
@@ -196,8 +213,6 @@ def read_own_table(root: Path) -> pd.DataFrame:
     """metadata.csv, as Hugging Face's AudioFolder has it: file_name, label; perhaps fold, group, start and end (s)."""
     path = root / OWN_TABLE
     table = read_csv(path, ["file_name", "label"], "fix it", OPTIONAL)
-    if table.columns.duplicated().any():
-        raise UserError(f"{path}: has the column {table.columns[table.columns.duplicated()][0]} twice; remove one")
     check, names = checker(path, table), table["file_name"]
     inside = [not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name for name in names]
     check((names != "") & np.array(inside), "file_name", f"the path of a recording below {root}")
