@@ -206,7 +206,8 @@ def read_urbansound8k(root: Path) -> pd.DataFrame:
 
 def recordings_of(root: Path, table: pd.DataFrame) -> pd.Series:
     """The recording of each row: its file, or of several links to one file the first by name."""
-    return table.groupby([os.path.realpath(root / name) for name in table["file"]])["file"].transform("min")
+    targets = {name: os.path.realpath(root / name) for name in table["file"].unique()}
+    return table.groupby(table["file"].map(targets))["file"].transform("min")
 
 
 def read_own_table(root: Path) -> pd.DataFrame:
