@@ -82,6 +82,15 @@ def test_parts_of_more_than_5_s_are_told(tmp_path, end, is_told):
     assert [note[:11] for note in dsets.ESC50(tmp_path).notes] == ["1 recording"] * is_told
 
 
+@pytest.mark.parametrize("split_long", [False, True])
+@pytest.mark.parametrize("seconds, end, is_told", [(3, 3.2, True), (3, 3.05, False), (5, 2500, True), (3, "", False), (4, 3, False)])
+def test_a_recording_that_ends_before_its_part_is_told(tmp_path, seconds, end, is_told, split_long):
+    soundfile.write(tmp_path / "a.wav", tone(seconds, 8000), 8000)
+    (tmp_path / "metadata.csv").write_text(f"file_name,label,fold,start,end\na.wav,dog,1,0,1\na.wav,bird,1,2,{end}\n")
+    notes = dsets.ESC50(tmp_path, split_long=split_long).notes
+    assert notes == ["1 recording ends earlier than its table says: a.wav"] * is_told
+
+
 def test_long_parts_that_overlap_have_their_own_sound(tmp_path):
     rising = np.sin(2 * np.pi * 50 * np.arange(16 * 8000) ** 2 / 8000 ** 2) / 2  # a chirp: each moment has its pitch
     soundfile.write(tmp_path / "a.wav", rising, 8000)

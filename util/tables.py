@@ -20,7 +20,7 @@ import pandas as pd
 from util import cache
 from util.errors import UserError, first_ten, reason
 from util.recordings import ENDINGS, find_recordings, spell_all_as_on_disk
-from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, count_seconds
+from util.waveforms import CLIP_SAMPLES, ENDS_EARLY, LONGER_SAMPLES, SAMPLE_RATE, count_seconds
 
 # ESC-50 (Piczak, ACM MM 2015): 2000 clips, 50 classes, 5 folds.
 NUM_CLASSES = 50
@@ -311,6 +311,8 @@ def split_long(root: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
         if end <= row["start"]:  # beyond the recording's end: refused where it is read
             rows.append(row)
             continue
+        if row["end"] - end >= LONGER_SAMPLES / SAMPLE_RATE:
+            remarks.setdefault(ENDS_EARLY, []).append(row["file"])
         count = math.ceil((end - row["start"] - MIN_REST_S + 1e-3) / clip_s)
         starts = [row["start"] + clip_s * index for index in range(max(1, count))]
         rows += [row | {"start": start, "end": min(start + clip_s, end)} for start in starts]

@@ -23,13 +23,15 @@ LONGER_SAMPLES = SAMPLE_RATE // 10  # so much more, or less, than 5 s is noticed
 SILENT, CANCELING, SILENT_CLIPS = "is silent", "has channels that cancel each other, their mean is silent", "has silent clips"
 LONGER = "is longer than 5 s, and its first 5 s are used (--split-long uses all)"
 INCOMPLETE = "lacks some of its sound, cut short or damaged"
+ENDS_EARLY = "ends earlier than its table says"
 SOUND_NOTES = {  # what a network cannot judge, or does not hear, said of one recording and of several
     SILENT: "are silent",
     CANCELING: "have channels that cancel each other, their mean is silent",
     "has samples far beyond 1, as if they were integers": "have samples far beyond 1, as if they were integers",
     SILENT_CLIPS: "have silent clips",
     LONGER: "are longer than 5 s, and their first 5 s are used (--split-long uses all)",
-    INCOMPLETE: "lack some of their sound, cut short or damaged"}
+    INCOMPLETE: "lack some of their sound, cut short or damaged",
+    ENDS_EARLY: "end earlier than their table says"}
 
 
 def mono_blocks(recording: audio.Recording, notes: list[str]):
@@ -96,8 +98,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
 
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
-    end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, and one if a
-    part is silent, but not the whole.
+    end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, one if the recording
+    ends before a part's end, and one if a part is silent, but not the whole.
     Raises UserError also for a part without a sample, one that lacks sound that the file promises, and one that begins after the
     end.
     """
@@ -126,6 +128,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
                 raise UserError(f"{path}: {recording.notes[-1]}")
             if offset + len(pending) >= last + LONGER_SAMPLES <= end_sample:
                 notes.append(LONGER)
+            if offset + len(pending) < wanted and offset + len(pending) <= end_sample - LONGER_SAMPLES < math.inf:
+                notes.append(ENDS_EARLY)
             has_silence |= max(found.max(), -found.min()) < SILENCE
             waveform = np.zeros(CLIP_SAMPLES, np.float32)
             waveform[:len(found)] = found
