@@ -70,10 +70,9 @@ def mono_blocks(recording: audio.Recording, notes: list[str]):
 def windows(path: str | Path, hop: int = CLIP_SAMPLES, notes: list[str] | None = None):
     """Windows of a recording: first sample, samples in it and waveform (1, 220500) float32, read as they are asked for.
 
-    A window begins every `hop` samples at 44 100 Hz until one reaches the end, or comes within 0.1 s of it: a clip of 5 s has
+    A window begins every `hop` samples at 44 100 Hz until one ends less than 0.1 s before the recording: a clip of 5 s has
     one window, even where its format adds some milliseconds. The last is padded with zeros. "-" is standard input, read as it
-    comes.
-    `notes` gets the notes of `mono_blocks`, before the last window.
+    comes. `notes` gets the notes of `mono_blocks`, before the last window.
     Raises UserError if the recording cannot be decoded, is empty, or holds a sample that is not a finite number.
     """
     start, parts, length = 0, [], 0  # the samples from `start` on that have been read, in parts, and how many they are
@@ -87,7 +86,7 @@ def windows(path: str | Path, hop: int = CLIP_SAMPLES, notes: list[str] | None =
                 start, parts, length = start + hop, [pending[hop:]], length - hop
     if length == 0:
         raise UserError(f"{path}: holds no samples, or too few to resample")
-    if start > 0 and length - (CLIP_SAMPLES - hop) <= LONGER_SAMPLES:  # what the window before did not hold
+    if start > 0 and length - (CLIP_SAMPLES - hop) < LONGER_SAMPLES:  # what the window before did not hold
         return
     padded = np.zeros(CLIP_SAMPLES, np.float32)
     np.concatenate(parts, out=padded[:length])
