@@ -243,14 +243,14 @@ def test_classes_that_are_not_in_all_folds_are_told(tmp_path):
 
 def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):
     write_sounds(tmp_path, ["rain/b.wav", "rain/2024/roof/a.WAV", "dog/c.wave", "dog/._c.wave", "雨/d.wav", "loose.wav"])
-    for name in ("rain/notes.txt", "empty/readme.txt", "features/logmel-0.npy", ".git/config"):
+    for name in ("labels.csv", "rain/notes.txt", "empty/readme.txt", "features/logmel-0.npy", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     layout, table, notes = tables.read_table(tmp_path, folds=2)
     assert layout == "folders" and table["file"].tolist() == ["dog/c.wave", "rain/2024/roof/a.WAV", "rain/b.wav", "雨/d.wav"]
     assert table["category"].tolist() == ["dog", "rain", "rain", "雨"]
     assert sum("empty" in note for note in notes) == 1 and not any("features" in note or ".git" in note for note in notes)
-    assert sum("loose.wav" in note for note in notes) == 1
+    assert sum("labels.csv; loose.wav" in note for note in notes) == 1
 
 
 def deny(function, locked: str):
@@ -319,9 +319,10 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "absent")
 
 
-def test_a_data_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+def test_a_data_folder_that_may_not_be_listed_is_refused_without_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert f"--data {tmp_path}: may not be read" in refused(tmp_path)
+    assert len(tables.read_table(write_table(tmp_path, "file_name,label,fold", "a.wav,x,1", "b.wav,y,1"))[1]) == 2, "it is found"
 
 
 def test_of_several_layouts_the_first_is_taken_and_told(own_root, tmp_path):

@@ -48,9 +48,9 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     if not root.is_dir():
         raise UserError(f"--data {root}: {'is a file' if root.exists() else 'no such folder'}; name a data folder, fetch ESC-50 "
                         f"with --download, or try --demo")
-    if not os.access(root, os.R_OK | os.X_OK):
+    found = [name for name, (table, _) in readers.items() if os.path.exists(root / table)]
+    if not found and not os.access(root, os.R_OK | os.X_OK):  # what has a table need not be listed
         raise UserError(f"--data {root}: may not be read; change its permissions")
-    found = [name for name, (table, _) in readers.items() if (root / table).exists()]
     notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
     if not found and (root / "audio").is_dir():
         raise UserError(f"--data {root}: has audio/, but no {ESC50_TABLE}; fetch ESC-50 with --download, or add a table "
@@ -247,9 +247,9 @@ def read_own_table(root: Path) -> pd.DataFrame:
 
 def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     """A row for each recording in and below each of the folders in `root`, whose names are the classes."""
-    rows, empty = [], []
-    loose = [path.name for path in sorted(root.iterdir()) if path.suffix.lower() in ENDINGS and path.is_file()]
-    for folder in sorted(root.iterdir()):
+    rows, empty, entries = [], [], sorted(root.iterdir())
+    loose = [path.name for path in entries if path.suffix.lower() in {".csv", *ENDINGS} and path.is_file()]
+    for folder in entries:
         if not folder.is_dir() or folder.name.startswith((".", "__MACOSX")):
             continue
         if root.resolve().is_relative_to(folder.resolve()):  # a link to the data folder itself
@@ -269,7 +269,8 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     if empty:
         notes.append(f"folders without recordings are passed over: {first_ten(empty)}")
     if loose:
-        notes.append(f"recordings beside the class folders are passed over: {first_ten(loose)}")
+        notes.append(f"recordings and tables beside the class folders are passed over (one named {OWN_TABLE} is used): "
+                     f"{first_ten(loose)}")
     table = pd.DataFrame(rows, columns=["file", "category"])
     table["group"] = recordings_of(root, table)
     classes = table.groupby("group")["category"].nunique()
