@@ -83,7 +83,8 @@ def test_parts_of_more_than_5_s_are_told(tmp_path, end, is_told):
 
 
 @pytest.mark.parametrize("split_long", [False, True])
-@pytest.mark.parametrize("seconds, end, is_told", [(3, 3.2, True), (3, 3.05, False), (5, 2500, True), (3, "", False), (4, 3, False)])
+@pytest.mark.parametrize("seconds, end, is_told", [
+    (3, 3.2, True), (3, 3.05, False), (5, 2500, True), (3, "", False), (4, 3, False)])
 def test_a_recording_that_ends_before_its_part_is_told(tmp_path, seconds, end, is_told, split_long):
     soundfile.write(tmp_path / "a.wav", tone(seconds, 8000), 8000)
     (tmp_path / "metadata.csv").write_text(f"file_name,label,fold,start,end\na.wav,dog,1,0,1\na.wav,bird,1,2,{end}\n")
