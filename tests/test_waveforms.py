@@ -135,7 +135,8 @@ def test_a_silent_clip_is_told_where_it_is_the_only_one_of_its_recording(tmp_pat
     assert (clip.abs().max() > 0.1) == (note is None) and notes == [note] * (note is not None)
 
 
-@pytest.mark.parametrize("start, end", [(0.5, 0.2), (0.5, 0.500005), (-1.0, 2.0), (0.0, 0.0)])
+@pytest.mark.parametrize("start, end", [
+    (0.5, 0.2), (0.5, 0.500005), (-1.0, 2.0), (0.0, 0.0), (math.nan, 1.0), (math.inf, math.inf)])
 def test_a_part_without_a_sample_is_refused(tmp_path, start, end):
     soundfile.write(tmp_path / "a.wav", tone(1, 44_100), 44_100)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.wav'}: holds nothing from {start:g} to {end:g} s")):
@@ -156,7 +157,7 @@ def test_parts_of_a_recording_are_those_of_the_whole(tmp_path, rate):
         last = start + 5 if math.isnan(end) else min(end, start + 5)
         part = whole[round(start * 44_100):round(last * 44_100)]
         assert torch.equal(waveform, F.pad(part, (0, dsets.CLIP_SAMPLES - len(part)))[None])
-        assert torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, end), waveform)
+        assert torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, math.inf if math.isnan(end) else end), waveform)
     assert notes == [waveforms.LONGER] * 2  # the first span and the fourth
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.wav'}: ends at 12.00 s")):
         list(waveforms.load_clips(tmp_path / "a.wav", [(0.0, 5.0), (13.0, 18.0)]))

@@ -97,8 +97,8 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     """Waveforms (1, 220500) float32 at 44 100 Hz of parts of a recording, which is decoded once.
 
     spans: (start, end) in s of each, the starts rising; of a longer one its first 5 s, a shorter one is padded with zeros; an
-    end of nan is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, one if the recording
-    ends before a part's end, and one if a part is silent, but not the whole.
+    end of nan or inf is that of the recording. `notes` gets those of `mono_blocks`, one if more than 5 s are there, one if the
+    recording ends before a part's end, and one if a part is silent, but not the whole.
     Raises UserError also for a part without a sample, one that lacks sound that the file promises, and one that begins after the
     end.
     """
@@ -106,10 +106,10 @@ def load_clips(path: str | Path, spans: list[tuple], notes: list[str] | None = N
     with audio.open_recording(path) as recording, contextlib.closing(mono_blocks(recording, notes)) as blocks:
         offset, pending = 0, np.zeros(0, np.float32)  # the samples from `offset` on that have been read
         for start, end in spans:
-            first, parts, length = round(start * SAMPLE_RATE), [pending], len(pending)
-            end_sample = math.inf if math.isnan(end) else round(end * SAMPLE_RATE)
+            first, parts, length = round(start * SAMPLE_RATE) if 0 <= start < math.inf else -1, [pending], len(pending)
+            end_sample = round(end * SAMPLE_RATE) if end < math.inf else math.inf  # of inf and nan
             if not 0 <= first < end_sample:
-                raise UserError(f"{path}: holds nothing from {start:g} to {end:g} s; expected a later end, no start below 0")
+                raise UserError(f"{path}: holds nothing from {start:g} to {end:g} s; expected a later end, a start from 0")
             last = min(first + CLIP_SAMPLES, end_sample)
             wanted = min(last + LONGER_SAMPLES, end_sample)
             while offset + length < wanted and (block := next(blocks, None)) is not None:
