@@ -88,6 +88,14 @@ def test_what_is_no_regular_file_is_refused(tmp_path, kind):
     errors.check_regular_file(tmp_path / "file")
 
 
+def test_a_file_that_may_not_be_looked_at_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a'}: may not be read")):
+        errors.check_regular_file(tmp_path / "a")
+
+
 def test_a_folder_that_may_not_be_read_is_said_to_be_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: may not be read")):

@@ -3,6 +3,7 @@ import contextlib
 import os
 import reprlib
 import shlex
+import stat
 import sys
 from pathlib import Path
 
@@ -61,10 +62,16 @@ def first_ten(errors: list[str]) -> str:
 
 def check_regular_file(path: str | Path) -> None:
     """Raise UserError unless there is a regular file: reading a named pipe would wait forever."""
-    if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):  # find_recordings lists such a folder itself
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read; change the permissions of its folder") from error
+    except (OSError, ValueError) as error:  # ValueError: names that no file can have
+        raise UserError(f"{path}: no such file") from error
+    if stat.S_ISDIR(mode) and not os.access(path, os.R_OK | os.X_OK):  # find_recordings lists such a folder itself
         raise UserError(f"{path}: may not be read; change its permissions")
-    if not os.path.isfile(path):  # False, not an error, for names that no file can have
-        raise UserError(f"{path}: is not a regular file" if os.path.exists(path) else f"{path}: no such file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is not a regular file")
 
 
 def check_types(content, types: dict[str, type]) -> None:
