@@ -111,6 +111,14 @@ def test_byte_order_mark_crlf_quotes_and_blank_lines_are_read(own_root):
     pd.testing.assert_frame_equal(tables.read_esc50(own_root), expected)
 
 
+def test_spaces_before_a_cell_mean_nothing(own_root):
+    expected = tables.read_esc50(own_root)
+    path = own_root / "meta" / "esc50.csv"
+    lines = [", ".join(f'"{cell}"' for cell in line.split(",")) for line in path.read_text().splitlines()]
+    path.write_text("\n".join([*lines[:2], "  ", " , ", *lines[2:]]))
+    pd.testing.assert_frame_equal(tables.read_esc50(own_root), expected)
+
+
 def test_names_that_look_like_missing_values_are_names(own_root):
     path = change_table(own_root, lambda table: table.assign(category=table["target"].map({"0": "NA", "1": "été 音"})))
     assert tables.read_esc50(own_root)["category"].tolist() == ["NA", "été 音"] * 2
@@ -242,7 +250,8 @@ def test_classes_that_are_not_in_all_folds_are_told(tmp_path):
 
 
 def test_folders_are_classes_and_what_lies_below_them_counts(tmp_path):
-    write_sounds(tmp_path, ["rain/b.wav", "rain/2024/roof/a.WAV", "dog/c.wave", "dog/._c.wave", "雨/d.wav", "loose.wav"])
+    write_sounds(tmp_path, ["rain/b.wav", "rain/2024/roof/a.WAV", "dog/c.wave", "dog/._c.wave", "雨/d.wav", "loose.wav",
+                            "$RECYCLE.BIN/e.wav", "lost+found/f.wav"])
     for name in ("labels.csv", "rain/notes.txt", "empty/readme.txt", "features/logmel-0.npy", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
@@ -284,7 +293,16 @@ def test_links_to_one_recording_are_never_divided_and_told(tmp_path):
     assert dict(zip(table["file"], table["group"]))["rain/0.wav"] == "dog/again.wav", "by names below the folder alone"
     assert set(table["category"]) == {"rain", "dog"} and len(table) == 7
     assert table[table["file"].isin(["dog/again.wav", "rain/0.wav"])]["fold"].nunique() == 1
-    assert sum("1 recordings are in several classes" in note for note in notes) == 1
+    assert sum("1 recording is in several classes, by links (as dog/again.wav)" in note for note in notes) == 1
+    rows = [f"{file},{file[:4]},{fold}" for file, fold in zip(table["file"], table["fold"])]
+    notes = tables.read_table(write_table(tmp_path, "file_name,label,fold", *rows))[2]
+    assert sum("1 recording is in several classes, by links (as dog/again.wav)" in note for note in notes) == 1, "in a table, too"
+
+
+def test_a_broken_link_to_a_table_is_refused_where_folders_would_be_taken(tmp_path):
+    write_sounds(tmp_path, ["rain/a.wav", "dog/b.wav"])
+    (tmp_path / "metadata.csv").symlink_to("absent.csv")
+    assert f"{tmp_path / 'metadata.csv'}: no such file" in refused(tmp_path)
 
 
 def test_links_to_one_recording_are_never_divided_in_a_table(tmp_path):

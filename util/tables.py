@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from util import cache
-from util.errors import UserError, first_ten, reason
+from util.errors import UserError, check_regular_file, first_ten, reason
 from util.recordings import ENDINGS, find_recordings, spell_all_as_on_disk
 from util.waveforms import CLIP_SAMPLES, ENDS_EARLY, LONGER_SAMPLES, SAMPLE_RATE, count_seconds
 
@@ -31,6 +31,7 @@ URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Sa
 MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
 MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip; chosen, not tuned
 FOLDS_SEED = 0  # of its own: the folds of a data set do not change with --seed
+SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # of disks and ZIP files, no classes
 
 ESC50_TABLE, URBANSOUND_TABLE, OWN_TABLE = Path("meta/esc50.csv"), Path("metadata/UrbanSound8K.csv"), Path("metadata.csv")
 
@@ -48,7 +49,7 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
     if not root.is_dir():
         raise UserError(f"--data {root}: {'is a file' if root.exists() else 'no such folder'}; name a data folder, fetch ESC-50 "
                         f"with --download, or try --demo")
-    found = [name for name, (table, _) in readers.items() if os.path.exists(root / table)]
+    found = [name for name, (table, _) in readers.items() if os.path.lexists(root / table)]  # a broken link is refused
     if not found and not os.access(root, os.R_OK | os.X_OK):  # what has a table need not be listed
         raise UserError(f"--data {root}: may not be read; change its permissions")
     notes = [f"{root} holds {' and '.join(found)}; {found[0]} is used"] if len(found) > 1 else []
@@ -63,6 +64,11 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
         table = table.sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # a disk's own order does not count
     if table["category"].nunique() < 2 and layout != "ESC-50":
         raise UserError(f"--data {root}: has one class ({table['category'].iloc[0]}), taken as {layout}; expected two at least")
+    if layout in ("a table", "folders"):
+        classes = table.groupby([recordings_of(root, table), "start"])["category"].nunique()
+        if (classes > 1).any():
+            said = "1 recording is" if (classes > 1).sum() == 1 else f"{(classes > 1).sum()} recordings are"
+            notes.append(f"{said} in several classes, by links (as {classes.idxmax()[0]})")
     if "fold" in table:
         if folds:
             own = ", ".join(map(str, sorted(table["fold"].unique())))
@@ -73,8 +79,9 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
             notes.append(f"{groups} in several folds (as {split.idxmax()}): accuracy is optimistic, as clips of one source are on"
                          f" both sides")
     else:
-        table = assign_folds(root, table, folds or NUM_FOLDS)
-        notes.append(f"there are no folds: the clips are assigned to {folds or NUM_FOLDS} (--folds)")
+        folds = NUM_FOLDS if folds is None else folds
+        table = assign_folds(root, table, folds)
+        notes.append(f"there are no folds: the clips are assigned to {folds} (--folds)")
     counts, num_folds = table.groupby("category")["fold"].nunique(), table["fold"].nunique()
     if num_folds > 1 and (counts < num_folds).any():
         few = [f"{name} ({count})" for name, count in counts[counts < num_folds].items()]
@@ -107,6 +114,7 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
 
     The named columns may be written with capitals and spaces: "Fold " is meant as fold; unread, it would let a source leak.
     """
+    check_regular_file(path)
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, expected {MAX_TABLE_BYTES / 1e6:.0f} at most; divide "
                         f"the clips between several data folders")
@@ -126,6 +134,8 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
         if several := [name for name in table.columns[twice] if name in (*columns, *optional)]:
             raise UserError(f"it has {several[0]} twice; remove one")
         table = table.loc[:, ~twice]  # of other columns the first
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read; change its permissions") from error
     except (OSError, ValueError) as error:  # UserError is a ValueError
         why = reason(error)
         if isinstance(error, UnicodeDecodeError):
@@ -143,7 +153,7 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
 def csv_rows(path: Path):
     """Yield the first line in the file and the cells of each row. UserError naming the line if it is no CSV."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        line, reader = 1, csv.reader(file, strict=True)
+        line, reader = 1, csv.reader(file, strict=True, skipinitialspace=True)
         try:
             for row in reader:
                 yield line, row
@@ -248,9 +258,9 @@ def read_own_table(root: Path) -> pd.DataFrame:
 def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     """A row for each recording in and below each of the folders in `root`, whose names are the classes."""
     rows, empty, entries = [], [], sorted(root.iterdir())
-    loose = [path.name for path in entries if path.suffix.lower() in {".csv", *ENDINGS} and path.is_file()]
+    loose = [path.name for path in entries if path.suffix.lower() in {".csv", *ENDINGS} and not os.path.isdir(path)]
     for folder in entries:
-        if not folder.is_dir() or folder.name.startswith((".", "__MACOSX")):
+        if not os.path.isdir(folder) or folder.name.startswith((".", *SYSTEM_FOLDERS)):
             continue
         if root.resolve().is_relative_to(folder.resolve()):  # a link to the data folder itself
             continue
@@ -273,9 +283,6 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
                      f"{first_ten(loose)}")
     table = pd.DataFrame(rows, columns=["file", "category"])
     table["group"] = recordings_of(root, table)
-    classes = table.groupby("group")["category"].nunique()
-    if (classes > 1).any():
-        notes.append(f"{(classes > 1).sum()} recordings are in several classes, by links (as {classes.idxmax()})")
     return table
 
 
