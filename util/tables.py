@@ -260,7 +260,10 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
     rows, empty, entries = [], [], sorted(root.iterdir())
     loose = [path.name for path in entries if path.suffix.lower() in {".csv", *ENDINGS} and not os.path.isdir(path)]
     for folder in entries:
-        if not os.path.isdir(folder) or folder.name.startswith((".", *SYSTEM_FOLDERS)):
+        if folder.name.startswith((".", *SYSTEM_FOLDERS)):
+            continue
+        if not os.path.isdir(folder):
+            empty += [] if os.path.exists(folder) or folder.name in loose else [folder.name]  # a broken link
             continue
         if root.resolve().is_relative_to(folder.resolve()):  # a link to the data folder itself
             continue
@@ -277,7 +280,7 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
         raise UserError(f"--data {root}: holds no data set; expected {ESC50_TABLE}, {URBANSOUND_TABLE}, {OWN_TABLE}, or a folder "
                         f"of recordings for each class; fetch ESC-50 with --download, or try --demo")
     if empty:
-        notes.append(f"folders without recordings are passed over: {first_ten(empty)}")
+        notes.append(f"folders without recordings and broken links are passed over: {first_ten(empty)}")
     if loose:
         notes.append(f"recordings and tables beside the class folders are passed over (one named {OWN_TABLE} is used): "
                      f"{first_ten(loose)}")
