@@ -123,7 +123,7 @@ def read_csv(path: Path, columns: list[str], remedy: str, optional: list[str] = 
         for line, row in rows:
             if len(row) > len(header):
                 raise UserError(f"line {line} has {len(row)} cells, and the first line has {len(header)}")
-            row += [""] * (len(header) - len(row))
+            row += [""] * (len(header) - len(row))  # blank lines have none, and are taken out below
         table = pd.DataFrame([row for _, row in rows], [line for line, _ in rows], header, dtype=str)
         plain = {name: name.strip().lower() for name in table}
         table = table.rename(columns={name: meant for name, meant in plain.items()
