@@ -157,7 +157,8 @@ def test_parts_of_a_recording_are_those_of_the_whole(tmp_path, rate):
         last = start + 5 if math.isnan(end) else min(end, start + 5)
         part = whole[round(start * 44_100):round(last * 44_100)]
         assert torch.equal(waveform, F.pad(part, (0, dsets.CLIP_SAMPLES - len(part)))[None])
-        assert torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, math.inf if math.isnan(end) else end), waveform)
+        assert torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, end), waveform)
+        assert not math.isnan(end) or torch.equal(dsets.load_waveform(tmp_path / "a.wav", start, math.inf), waveform)
     assert notes == [waveforms.LONGER] * 2  # the first span and the fourth
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'a.wav'}: ends at 12.00 s")):
         list(waveforms.load_clips(tmp_path / "a.wav", [(0.0, 5.0), (13.0, 18.0)]))
