@@ -198,6 +198,15 @@ def test_names_in_a_table_are_found_in_the_disks_spelling(tmp_path):
     assert "once" in refused(write_table(tmp_path, "file_name,label", f"{name},x", f"{on_disk},x", "a.wav,y"))
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="both spellings are one name there")
+def test_a_class_in_two_spellings_is_one(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    table = write_table(tmp_path / "table", "file_name,label", f"a.wav,{composed}", f"b.wav,{decomposed}", "c.wav,x")
+    folders = write_sounds(tmp_path / "folders", [f"{composed}/a.wav", f"{decomposed}/b.wav", "x/c.wav"])
+    for root in (table, folders):
+        assert set(tables.read_table(root, folds=2)[1]["category"]) == {composed, "x"}
+
+
 def test_spaces_around_a_group_or_fold_mean_nothing(tmp_path):
     root = write_table(tmp_path, "file_name,label,fold,group", "a.wav,x,2 ,roof", "b.wav,y, 1,roof ", "c.wav,y,1, ")
     _, table, notes = tables.read_table(root)

@@ -58,6 +58,7 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
                         f"{OWN_TABLE} (file_name, label)")
     layout = found[0] if found else "folders"
     table = readers[layout][1](root) if found else read_folders(root, notes)
+    table["category"] = table["category"].str.normalize("NFC")  # one class, whether é is one character or two, as on macOS
     table = table.assign(**{column: value for column, value in {"start": 0.0, "end": np.nan, "group": table["file"]}.items()
                             if column not in table})
     if layout != "ESC-50":
