@@ -17,7 +17,7 @@ from util.errors import UserError, first_ten, reason
 from util.tables import ESC50_TABLE, check_free, read_esc50
 from util.waveforms import load_waveform
 
-ESC50_URL = "https://github.com/karoldvl/ESC-50/archive/master.zip"
+ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"
 MAX_ARCHIVE_BYTES = 2 * 10 ** 9  # the published archive has 0.6 GB
 MAX_UNPACKED_BYTES = 4 * 10 ** 9  # and unpacks to 0.9 GB
 ATTEMPTS = 5  # connections in a row that bring nothing new before the transfer fails
