@@ -142,6 +142,7 @@ class Predictor:
 
     def __init__(self, path: str | Path = WEIGHTS, device: str = "auto"):
         self.device, paths = machine.choose_device(device), find_checkpoints(Path(spell_as_on_disk(str(path))))
+        machine.check_usable(self.device)
         self.networks = [Network(each).to(self.device) for each in paths]
         self.classes, self.params = self.networks[0].classes, self.networks[0].params
         for each, network in zip(paths, self.networks):

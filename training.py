@@ -359,6 +359,7 @@ def run(argv: list[str], progress: dict) -> None:
     device = machine.choose_device(config.device)
     config.device, config.precision = device.type, machine.choose_precision(config.precision, device)
     device = dist.own_device(device)
+    machine.check_usable(device)
     machine.make_deterministic()
     machine.keep_freed_memory()
     note = "" if recorded else machine.busy_note()

@@ -46,6 +46,15 @@ def test_an_absent_device_is_refused_with_those_that_are_there(monkeypatch, name
     assert "\n" not in message and all(kind in message for kind in ("cpu", *there)) and name not in message
 
 
+def test_a_gpu_that_torch_cannot_use_is_refused_with_the_remedy(monkeypatch):
+    def without_kernels(*_, device):
+        raise torch.AcceleratorError("CUDA error: no kernel image is available\nSearch for it")
+    device.check_usable(CPU)
+    monkeypatch.setattr(torch, "ones", without_kernels)
+    with pytest.raises(UserError, match="^--device cuda: .*no kernel image is available.*--device cpu$"):
+        device.check_usable(CUDA)
+
+
 def test_training_refuses_an_absent_device(monkeypatch, capsys):
     pretend(monkeypatch)
     run("--device", "cuda", status=2)
@@ -87,14 +96,15 @@ for step in range(12):
 """
 
 
-def output_of(code: str) -> str:
+def output_of(code: str, **environment: str) -> str:
     """What a process of its own prints: these settings are for its whole life."""
     return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
-                          check=True).stdout
+                          check=True, env=os.environ | environment).stdout
 
 
 def test_algorithms_are_deterministic_and_fp32_is_fp32():
-    assert output_of(SETTINGS).split() == ["True", "False", "False", "False"]
+    for override in "01":
+        assert output_of(SETTINGS, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=override).split() == ["True", "False", "False", "False"]
 
 
 @pytest.mark.slow

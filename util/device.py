@@ -5,11 +5,12 @@ import getpass
 import logging
 import os
 import platform
+import warnings
 
 import psutil
 import torch
 
-from util.errors import UserError
+from util.errors import UserError, reason
 
 
 def choose_device(name: str) -> torch.device:
@@ -21,6 +22,14 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch finds none here; expected one of "
                         f"{', '.join(kind for kind, there in available.items() if there)}")
     return torch.device(name)
+
+
+def check_usable(device: torch.device) -> None:
+    """Raise UserError if torch finds a GPU here but cannot use it: it has no kernels for it, or others have all of it."""
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device.type}: torch cannot use this one ({reason(error)}); take --device cpu") from error
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -42,8 +51,9 @@ def make_deterministic() -> None:
 
 
 def multiply_in_fp32() -> None:
-    """Have GPUs multiply fp32 in full, also in convolutions, where torch takes TF32 since Ampere: 11 bits of 24."""
+    """Have GPUs multiply fp32 in full, and not as TF32, with 11 bits of 24: torch's choice for convolutions since Ampere."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's containers
 
 
 def keep_freed_memory() -> None:
@@ -75,6 +85,7 @@ def compile_model(model: torch.nn.Module) -> torch.nn.Module:
     160812): without it, a run of two threads would find the code for one, a third slower and with other bits.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it remarks on CUDA where there is none
+    warnings.filterwarnings("ignore", "TensorFloat32")  # torch's advice to take it
     # As in a new process: a network is compiled for at most 8 shapes of batches, and those of earlier trainings would count.
     torch._dynamo.reset()
     # not dynamic: else a short batch has the code for all batches replaced, and the bits would depend on what ran before
@@ -109,9 +120,10 @@ class Recorder:
         if shapes != self.shapes or self.calls <= self.WARM_UP:
             return function(*tensors)
         if not self.graph:
-            self.graph, self.inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            graph, self.inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self.outputs = function(*self.inputs)  # runs nothing yet
+            self.graph = graph
         for buffer, tensor in zip(self.inputs, tensors):
             buffer.copy_(tensor)
         self.graph.replay()
