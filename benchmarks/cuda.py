@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
@@ -49,9 +51,10 @@ from util import checkpoint as checkpoints
 from util import device as machine
 from util import rundir
 from util.config import Config, recipe_flags
+from util.errors import write_atomically
 from util.tables import COLUMNS, ESC50_TABLE
 
-LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 60, "rest": 90}
+LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 100, "rest": 120}
 RECIPES = ("blog", "strong")
 EAGER = """
 import sys
@@ -97,7 +100,7 @@ class Results:
     """A part's results, written after each of them: a part that is stopped keeps what it has."""
 
     def __init__(self, path: Path):
-        self.path, self.content = path, {}
+        self.path, self.content, self.lock = path, {}, threading.Lock()
 
     def attempt(self, name: str, function, *arguments) -> None:
         """Keep what function(*arguments) returns, or what went wrong, and the seconds it took."""
@@ -106,8 +109,9 @@ class Results:
             result = function(*arguments)
         except Exception as error:
             result = f"failed: {error!r}"[-700:]
-        self.content[name] = {"result": result, "s": time.perf_counter() - begin}
-        self.path.write_text(json.dumps(self.content))
+        with self.lock:
+            self.content[name] = {"result": result, "s": time.perf_counter() - begin}
+            write_atomically(self.path, lambda part: part.write_text(json.dumps(self.content)))
 
 
 def rows_of(folder: Path, phase: str) -> list[dict]:
@@ -117,6 +121,10 @@ def rows_of(folder: Path, phase: str) -> list[dict]:
 def random_dataset(args, params: dsets.FeatureParams = speed.PARAMS):
     """Features of ESC-50's training folds on the device, as training.py holds them."""
     return speed.random_dataset(torch.device(args.device), 1600 if args.device == "cuda" else 64, params)
+
+
+def auto_precision(args) -> str:
+    return machine.choose_precision("auto", torch.device(args.device))
 
 
 def steps_of(args, flags: dict, precision: str, recorded: bool = True) -> speed.Steps:
@@ -137,7 +145,7 @@ def profile(args, results: Results) -> None:
 
 
 def profile_steps(args, name: str, recipe: str) -> dict:
-    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, "bf16", recorded=False)
+    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, auto_precision(args), recorded=False)
     steps(3)
     seconds = steps(args.steps)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == "cuda")
@@ -159,7 +167,7 @@ def profile_steps(args, name: str, recipe: str) -> dict:
 
 def waits_nowhere(args, name: str, recipe: str) -> bool:
     """An epoch of recorded steps, and the augmentation between them, after the first batch; fails at what waits."""
-    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, "bf16")
+    steps = steps_of(args, {"model": name, **recipe_flags(recipe, name)}, auto_precision(args))
     steps(4)
 
     def watch(batches):
@@ -189,10 +197,10 @@ def gradient_difference(args, name: str) -> float:
 
 def bits(args, results: Results) -> None:
     cases = [(name, recipe, precision, ()) for name, (recipe, precision) in itertools.product(
-        models.MODELS, [("blog", "fp32"), ("strong", "bf16"), ("strong", "fp32")])]
-    cases.append(("cnn8", "strong", "bf16", ("--compile",)))
+        models.MODELS, dict.fromkeys([("blog", "fp32"), ("strong", auto_precision(args)), ("strong", "fp32")]))]
+    compiled = ("cnn8", "strong", auto_precision(args), ("--compile",))  # it takes longest
     with ThreadPoolExecutor(6 if args.device == "cuda" else 1) as pool:
-        for case in cases if args.device == "cuda" else cases[:1]:
+        for case in [compiled, *cases] if args.device == "cuda" else cases[:1]:
             pool.submit(results.attempt, " ".join([*case[:3], *case[3]]), same_bits, args, *case)
 
 
@@ -247,9 +255,9 @@ def run_command(args, name: str, recipe: str, epochs: int) -> dict:
 
 
 def loops(args, results: Results) -> None:
-    precision = machine.choose_precision("auto", torch.device(args.device))
-    results.attempt(f"matmul FLOP/s, {precision}", matmul_rate, torch.device(args.device), precision)
-    rate = results.content[f"matmul FLOP/s, {precision}"]["result"]
+    precision, rates = auto_precision(args), []
+    results.attempt(f"matmul FLOP/s, {precision}", matmul_rate, torch.device(args.device), precision, rates)
+    rate = statistics.median(rates) if rates else math.nan
     for name in models.MODELS:
         for kind, recorded, compiled in (("recorded", True, False), ("eager", False, False), ("recorded, --compile", True, True)):
             if name == "cnn8" or not compiled:
@@ -286,10 +294,10 @@ def as_users_programs():
     speed.as_training_py()
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
+def matmul_rate(device: torch.device, precision: str, rates: list[float]) -> float:
+    """The median of the rates, which are appended to `rates`."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    rates = []
     for _ in range(6):
         speed.synchronize(device)
         begin = time.perf_counter()
@@ -352,12 +360,12 @@ def loader_loop(args, name: str) -> dict:
 
 
 def together(args, results: Results) -> None:
-    for count in (1, 2, 4, 8) if args.device == "cuda" else (1, 2):
-        results.attempt(f"{count} commands", run_together, args, count)
     seeds = range(4 if args.device == "cuda" else 2)
     results.attempt(f"{len(seeds)} seeds in one command", lambda: command(
         "--data", args.noise, "--device", args.device, "--run-dir", args.out / "together" / "in one", "--epochs",
         10 if args.device == "cuda" else 1, "--seed", *seeds) and "done")
+    for count in (4, 1, 2, 8) if args.device == "cuda" else (1, 2):
+        results.attempt(f"{count} commands", run_together, args, count)
 
 
 def run_together(args, count: int) -> dict:
@@ -369,16 +377,15 @@ def run_together(args, count: int) -> dict:
     with ThreadPoolExecutor(count) as pool:
         wall = speed.seconds_of(lambda: list(pool.map(train, range(count))))
     later = [[row["seconds"] for row in rows_of(folder, "training")[epochs // 2:]] for folder in run_dir.glob("seed-*/fold-*")]
+    own = [examples / statistics.median(seconds) for seconds in later]  # of epochs that need not be at the same time
     return {"wall s": wall, "examples/s of all, start included": count * epochs * examples / wall,
-            "examples/s of all, later half of the epochs": sum(examples / statistics.median(seconds) for seconds in later)}
+            "sum of each command's own examples/s, later half of its epochs": sum(own)}
 
 
 def rest(args, results: Results) -> None:
     folder = args.out / "rest"
     folder.mkdir()
     run_dir, recording = folder / "predict", folder / "long.wav"
-    results.attempt("tests for CUDA", lambda: command("-q", "tests/test_cuda.py", "-p", "no:cacheprovider",
-                                                      program=("-m", "pytest")).stdout.splitlines()[-1])
     flags = ["--data", args.data, "--esc10", "--device", args.device, "--epochs", 1, "--precision", "fp32", "--views", 1]
     results.attempt("torchrun with one process", lambda: command(
         "--standalone", "--nproc-per-node=1", "training.py", *flags, "--run-dir", folder / "torchrun",
@@ -396,6 +403,8 @@ def rest(args, results: Results) -> None:
         results.attempt(f"predict.py --device {device} on {seconds} s", predict)
     results.attempt("largest difference of a probability",
                     lambda: max(abs(value - said[1][key]) for key, value in said[0].items()))
+    results.attempt("tests for CUDA", lambda: command("-q", "tests/test_cuda.py", "-p", "no:cacheprovider",
+                                                      program=("-m", "pytest")).stdout.splitlines()[-1])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -413,7 +422,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own: prints its JSON
     args = parser.parse_args()
     args.out = args.out.resolve()
-    args.noise = args.out / "noise"
+    args.noise = args.out / f"noise-{args.device}"
     args.data = args.data.resolve() if args.data else args.noise
     if args.part:
         speed.as_training_py()
@@ -423,9 +432,13 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_noise_root(args.noise, 40 if args.device == "cuda" else 2)
+    for root, recipe in itertools.product({args.noise, args.data}, RECIPES):  # no part shall count its features
+        dsets.ESC50(root, params=training.feature_params(Config(**recipe_flags(recipe, "cnn8"))))
     report = args.out / "cuda.json"
-    results = json.loads(report.read_text()) if report.exists() else {}  # parts of an earlier command stay
-    results |= {"environment": rundir.environment(world_size=1) | {"torch": torch.__version__, "cuda": torch.version.cuda}}
+    results = json.loads(report.read_text()) if report.exists() else {}
+    environment = rundir.environment(world_size=1) | {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if results.get("environment") != environment:  # else parts of an earlier command stay
+        results = {"environment": environment}
     for part in args.parts:
         words = [sys.executable, __file__, "--part", part, "--device", args.device, "--out", args.out, "--steps", args.steps,
                  "--data", args.data]
@@ -433,17 +446,19 @@ def main() -> None:
         kept.unlink(missing_ok=True)
         shutil.rmtree(args.out / part, ignore_errors=True)  # an earlier command's trainings
         begin, output = time.perf_counter(), open(args.out / f"{part}.log", "wb")
-        # a session of its own: a part that runs too long ends with all its processes
+        # a session of its own: a part that runs too long ends with all its processes (but torchrun's, which have theirs)
         with output, subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, start_new_session=True,
                                       env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}) as process:
             try:
                 status = process.wait(timeout=LIMITS_S[part] if args.device == "cuda" else 600)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
                 status = "stopped at its time limit"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         results[part] = {"status": status, "s": time.perf_counter() - begin}
         results[part] |= json.loads(kept.read_text()) if kept.exists() else {}
-        report.write_text(json.dumps(results, indent=2) + "\n")
+        write_atomically(report, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
         (args.out / "cuda.txt").write_text("\n".join(page(results)) + "\n")
         print("\n".join(page({part: results[part]})), flush=True)
 
@@ -451,11 +466,13 @@ def main() -> None:
 def page(results: dict, indent: str = "") -> list[str]:
     lines = []
     for name, value in results.items():
-        value = value["result"] if isinstance(value, dict) and "result" in value else value
+        seconds = ""
+        if isinstance(value, dict) and "result" in value:
+            value, seconds = value["result"], f" ({value['s']:.1f} s)"
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *page(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:<52} {f'{value:.5g}' if isinstance(value, float) else value}")
+            lines.append(f"{indent}{name:<52} {f'{value:.5g}' if isinstance(value, float) else value}{seconds}")
     return lines
 
 

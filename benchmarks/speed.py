@@ -79,6 +79,12 @@ def as_training_py() -> None:
     machine.keep_freed_memory()
 
 
+def start_process(device: torch.device) -> None:
+    """The same, and the stream that training.py has on a GPU, until the process ends."""
+    as_training_py()
+    machine.own_stream(device).__enter__()
+
+
 class Steps:
     """A network's training, as training.py does it: call it with a number of steps to take the next ones.
 
@@ -407,7 +413,7 @@ def main() -> None:
     parser.add_argument("--json", default="speed.json", help="where the figures go (default speed.json)")
     args = parser.parse_args()
     root, device = Path(args.data).resolve(), torch.device(args.device)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), as_training_py) as own_process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process, (device,)) as own_process:
         results = rundir.environment(world_size=1)
         rows = [("features, clips/s", lambda: measure_features(own_process, root, args.repeat, args.clips)),
                 ("training, examples/s", lambda: measure_training(own_process, root, args.repeat, device, args.steps)),
