@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from util import cache, tables
 from util.config import Config
-from util.errors import UserError
+from util.errors import UserError, first_ten
 from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, load_clips, load_waveform
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
@@ -162,6 +162,10 @@ class ESC50(torch.utils.data.Dataset):
         self.targets = torch.tensor([self.classes.index(name) for name in self.table["category"]])
         self.folds = sorted(int(fold) for fold in self.table["fold"].unique())
         self.add_notes(remarks, self.table["file"])
+        copied = self.table.groupby(np.array(self.digests))["fold"].transform("nunique") > 1
+        if copied.any():
+            self.notes.append(f"{copied.sum()} clips are of recordings with copies in other folds: accuracy is optimistic; give "
+                              f"copies one group: {first_ten(list(self.table['file'][copied]))}")
 
     def add_notes(self, remarks: dict[str, list[str]], files) -> None:
         """Add remarks, each with the names of its recordings, to the notes, as far as these are among `files`."""
@@ -210,10 +214,10 @@ class ESC50(torch.utils.data.Dataset):
 
     def mean_std(self, indices: torch.Tensor) -> tuple[float, float]:
         """Mean and standard deviation (dB) over the features of these clips: give it the training clips."""
-        totals = torch.zeros(2, dtype=torch.float64)
-        for sums in self.clip_sums[indices]:  # one by one: the same bits for the same clips
+        totals, chosen = torch.zeros(2, dtype=torch.float64), self.clip_sums[indices]  # (clips, 2), also by a mask of all
+        for sums in chosen:  # one by one: the same bits for the same clips
             totals += sums
-        count = len(indices) * self.features[0].numel()
+        count = len(chosen) * self.features[0].numel()
         mean = totals[0].item() / count
         std = math.sqrt(max(totals[1].item() / count - mean ** 2, 0.0))
         return mean, std if std > 0 else 1.0  # silence everywhere: nothing to scale

@@ -35,6 +35,14 @@ def test_clips_that_a_network_cannot_judge_are_named_and_trained_on(own_root):
             "2 recordings are silent: audio/1-0-A-0.wav, audio/1-0-A-1.wav"]
 
 
+def test_copies_of_a_recording_in_several_folds_are_told(tmp_path):
+    for name, hertz in (("a", 300), ("b", 300), ("c", 600), ("d", 600), ("e", 900)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(5, 8000, hertz), 8000)
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold\na.wav,x,1\nb.wav,x,2\nc.wav,y,1\nd.wav,y,1\ne.wav,y,2\n")
+    (note,) = dsets.ESC50(tmp_path).notes
+    assert note.startswith("2 clips ") and note.endswith(": a.wav; b.wav")
+
+
 def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):
     for name in ("a.wav", "b.wav"):
         soundfile.write(tmp_path / name, tone(15, 8000), 8000, subtype="PCM_16")
@@ -296,6 +304,7 @@ def test_mean_and_std_are_those_of_the_given_clips(dataset):
     mean, std = dataset.mean_std(training)
     assert mean == pytest.approx(values.mean().item(), rel=1e-9)
     assert std == pytest.approx(values.std(correction=0).item(), rel=1e-9)
+    assert dataset.mean_std(torch.isin(torch.arange(24), training)) == (mean, std), "a mask of all clips"
     normalized = dsets.normalize(dataset.features[training], mean, std)
     assert normalized.mean().abs() < 1e-3 and abs(normalized.std() - 1) < 1e-3
 
