@@ -164,10 +164,10 @@ class Predictor:
         check_hop(hop)
         if not isinstance(sound, (str, Path)):
             if not (isinstance(sound, torch.Tensor) and sound.is_floating_point() and sound.shape[1:] == (1, CLIP_SAMPLES)
-                    and len(sound) > 0):
+                    and len(sound) > 0 and sound.isfinite().all()):
                 shape, dtype = tuple(getattr(sound, "shape", ())), getattr(sound, "dtype", "no dtype")
-                raise UserError(f"Predictor: found a {type(sound).__name__} {shape} of {dtype}, expected a tensor of floats "
-                                f"(B, 1, {CLIP_SAMPLES}), as dsets.load_waveform(file)[None] gives, or a recording's name")
+                raise UserError(f"Predictor: found a {type(sound).__name__} {shape} of {dtype}, expected a tensor of finite "
+                                f"floats (B, 1, {CLIP_SAMPLES}), as dsets.load_waveform(file)[None] gives, or a recording's name")
             features = self.features(sound.float())
             return torch.stack([network.classify(features) for network in self.networks]).mean(dim=0).cpu()
         *windows, mean = predict(self, str(sound), round(hop * SAMPLE_RATE), top=1)

@@ -156,7 +156,8 @@ def test_a_predictor_says_of_a_file_what_it_says_of_its_windows(run_dir, one, tm
     for shape in ((CLIP_SAMPLES,), (1, CLIP_SAMPLES), (2, 2, CLIP_SAMPLES), (1, 1, 44_100)):
         with pytest.raises(UserError, match="Predictor"):
             predictor(torch.zeros(shape))
-    for waveform in (np.zeros((1, 1, CLIP_SAMPLES), np.float32), [0.0] * CLIP_SAMPLES, torch.tensor(0.0), None):
+    not_finite = torch.zeros(2, 1, CLIP_SAMPLES).index_fill(0, torch.tensor([1]), torch.nan)
+    for waveform in (np.zeros((1, 1, CLIP_SAMPLES), np.float32), [0.0] * CLIP_SAMPLES, torch.tensor(0.0), None, not_finite):
         with pytest.raises(UserError, match="Predictor"):
             predictor(waveform)
 
