@@ -176,7 +176,7 @@ def test_a_table_of_ones_own_has_parts_groups_and_other_columns(tmp_path):
     assert table["category"].tolist() == ["dog", "cat", "dog", "rain", "rain"] and table["place"][4] == "roof"
     assert table["group"].tolist() == ["street", "street", "c.wav", "d.wav", "day/a.wav"]
     assert set(table["fold"]) == {1, 2} and table["fold"][0] == table["fold"][1]
-    assert len(notes) == 2 and "assigned to 2" in notes[0] and "cat (1)" in notes[1]
+    assert len(notes) == 3 and notes[0].endswith(": place") and "assigned to 2" in notes[1] and "cat (1)" in notes[2]
 
 
 def test_columns_of_ones_own_table_are_found_however_they_are_written(tmp_path):
@@ -205,6 +205,13 @@ def test_a_class_in_two_spellings_is_one(tmp_path):
     folders = write_sounds(tmp_path / "folders", [f"{composed}/a.wav", f"{decomposed}/b.wav", "x/c.wav"])
     for root in (table, folders):
         assert set(tables.read_table(root, folds=2)[1]["category"]) == {composed, "x"}
+
+
+def test_columns_that_mean_nothing_are_told(tmp_path):
+    rows = [f"{number}.wav,{label},{number % 2 + 1},," for number, label in enumerate("xxyy")]
+    for columns, told in (("fold,groups,split", ["; ".join(["groups", "split"])]), ("fold,group,end", [])):
+        _, _, notes = tables.read_table(write_table(tmp_path, f"file_name,label,{columns}", *rows))
+        assert [note.rpartition(": ")[2] for note in notes] == told
 
 
 def test_spaces_around_a_group_or_fold_mean_nothing(tmp_path):
@@ -331,7 +338,8 @@ def test_links_to_one_recording_are_never_divided_in_a_table(tmp_path):
 
 @pytest.mark.parametrize("names, words", [
     ([], "holds no data set"), (["rain/a.wav", "rain/b.wav"], "one class (rain)"), (["audio/a.wav"], "meta/esc50.csv"),
-    (["audio/a.wav", "dog/b.wav"], "meta/esc50.csv"), (["a.wav", "b.wav"], "holds no data set")])
+    (["audio/a.wav", "dog/b.wav"], "meta/esc50.csv"), (["a.wav", "b.wav"], "holds no data set"),
+    (["Train/dog/a.wav", "test/dog/b.wav"], "Train, test")])
 def test_folders_that_hold_no_data_set_are_refused(tmp_path, names, words):
     assert words in refused(write_sounds(tmp_path, names)) and f"--data {tmp_path}" in refused(tmp_path)
 

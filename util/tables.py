@@ -31,6 +31,7 @@ URBANSOUND_COLUMNS = ["slice_file_name", "fold", "class"]  # of UrbanSound8K (Sa
 MAX_TABLE_BYTES = 16 * 10 ** 6  # of some 350 000 clips; ESC-50's table has 0.1 MB
 MIN_REST_S = 1.0  # the rest of a longer recording that still makes a clip; chosen, not tuned
 FOLDS_SEED = 0  # of its own: the folds of a data set do not change with --seed
+SPLIT_FOLDERS = set("train training test testing val valid validation dev eval".split())  # of data sets, no classes
 SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # of disks and ZIP files, no classes
 
 ESC50_TABLE, URBANSOUND_TABLE, OWN_TABLE = Path("meta/esc50.csv"), Path("metadata/UrbanSound8K.csv"), Path("metadata.csv")
@@ -65,6 +66,9 @@ def read_table(root: Path, folds: int | None = None) -> tuple[str, pd.DataFrame,
         table = table.sort_values(["file", "start"], kind="stable").reset_index(drop=True)  # a disk's own order does not count
     if table["category"].nunique() < 2 and layout != "ESC-50":
         raise UserError(f"--data {root}: has one class ({table['category'].iloc[0]}), taken as {layout}; expected two at least")
+    if layout == "a table" and (others := [name for name in table if name not in
+                                           ("file_name", "label", "file", "category", *OPTIONAL)]):
+        notes.append(f"columns of {OWN_TABLE} that mean nothing here ({', '.join(OPTIONAL)} would): {first_ten(others)}")
     if layout in ("a table", "folders"):
         classes = table.groupby([recordings_of(root, table), "start"])["category"].nunique()
         if (classes > 1).any():
@@ -277,9 +281,13 @@ def read_folders(root: Path, notes: list[str]) -> pd.DataFrame:
             empty += [] if folder.name == "features" else [folder.name]  # the program's own folder
             continue
         rows += [(Path(os.path.relpath(name, root)).as_posix(), folder.name) for name in found]
+    classes = {name for _, name in rows}
     if not rows:
         raise UserError(f"--data {root}: holds no data set; expected {ESC50_TABLE}, {URBANSOUND_TABLE}, {OWN_TABLE}, or a folder "
                         f"of recordings for each class; fetch ESC-50 with --download, or try --demo")
+    if {name.lower() for name in classes} <= SPLIT_FOLDERS:
+        raise UserError(f"--data {root}: its folders are parts of a data set, not classes ({', '.join(sorted(classes))}); name "
+                        f"one that has a folder for each class")
     if empty:
         notes.append(f"folders without recordings and broken links are passed over: {first_ten(empty)}")
     if loose:
