@@ -10,6 +10,7 @@ from conftest import REAL
 from dsets import SAMPLE_RATE
 from util import checkpoint as checkpoints
 from util.config import parse_args
+from util.errors import UserError
 
 
 def test_the_weights_name_fifty_classes_of_any_recording(tmp_path, capsys):
@@ -26,6 +27,8 @@ def test_the_weights_name_fifty_classes_of_any_recording(tmp_path, capsys):
 def test_a_strong_training_can_start_from_the_weights():
     features = vars(training.feature_params(parse_args(["--recipe", "strong"])))
     assert len(checkpoints.load_pretrained(models.build_model("cnn8", 3), str(predict.WEIGHTS), features)) == 50
+    with pytest.raises(UserError, match="it is a cnn8"):
+        checkpoints.load_pretrained(models.build_model("cnn4", 3), str(predict.WEIGHTS), features)
 
 
 @pytest.mark.slow

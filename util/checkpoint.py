@@ -107,6 +107,7 @@ def load_pretrained(model: torch.nn.Module, source: str, features: dict) -> list
     # num_batches_tracked: new in torch 0.4.1
     missing = [name for name in missing if not name.startswith(head) and not name.endswith("num_batches_tracked")]
     if missing or unexpected:
-        raise UserError(f"--pretrained {source}: does not fit {type(model).__name__}: lacks {missing[:3]}, has {unexpected[:3]} "
-                        f"besides; expected {expected}")
+        kind = f"it is a {checkpoint['model_name']}, " if checkpoint else ""
+        raise UserError(f"--pretrained {source}: does not fit {type(model).__name__}: {kind}lacks {missing[:3]}, has "
+                        f"{unexpected[:3]} besides; expected {expected}")
     return checkpoint["classes"] if checkpoint else []
