@@ -421,6 +421,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all, in this order")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own: prints its JSON
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; --device cpu with few --steps shows that the script itself runs")
     args.out = args.out.resolve()
     args.noise = args.out / f"noise-{args.device}"
     args.data = args.data.resolve() if args.data else args.noise
