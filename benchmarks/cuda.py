@@ -255,9 +255,10 @@ def run_command(args, name: str, recipe: str, epochs: int) -> dict:
 
 
 def loops(args, results: Results) -> None:
-    precision, rates = auto_precision(args), []
-    results.attempt(f"matmul FLOP/s, {precision}", matmul_rate, torch.device(args.device), precision, rates)
-    rate = statistics.median(rates) if rates else math.nan
+    precision = auto_precision(args)
+    results.attempt(f"matmul FLOP/s, {precision}", matmul_rate, torch.device(args.device), precision)
+    rate = results.content[f"matmul FLOP/s, {precision}"]["result"]
+    rate = rate if isinstance(rate, float) else math.nan  # it failed
     for name in models.MODELS:
         for kind, recorded, compiled in (("recorded", True, False), ("eager", False, False), ("recorded, --compile", True, True)):
             if name == "cnn8" or not compiled:
@@ -294,10 +295,10 @@ def as_users_programs():
     speed.as_training_py()
 
 
-def matmul_rate(device: torch.device, precision: str, rates: list[float]) -> float:
-    """The median of the rates, which are appended to `rates`."""
+def matmul_rate(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    rates = []
     for _ in range(6):
         speed.synchronize(device)
         begin = time.perf_counter()
