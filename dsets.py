@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from util import cache, tables
 from util.config import Config
-from util.errors import UserError, first_ten
+from util.errors import UserError
 from util.waveforms import CLIP_SAMPLES, SAMPLE_RATE, SOUND_NOTES, load_clips, load_waveform
 
 FREQ_MASKS, TIME_MASKS = 2, 2  # SpecAugment's policy "LD" (Park et al., Interspeech 2019, table 1)
@@ -163,9 +163,8 @@ class ESC50(torch.utils.data.Dataset):
         self.folds = sorted(int(fold) for fold in self.table["fold"].unique())
         self.add_notes(remarks, self.table["file"])
         copied = self.table.groupby(np.array(self.digests))["fold"].transform("nunique") > 1
-        if copied.any():
-            self.notes.append(f"{copied.sum()} clips are of recordings with copies in other folds: accuracy is optimistic; give "
-                              f"copies one group: {first_ten(list(self.table['file'][copied]))}")
+        self.add_notes({"have copies in other folds, accuracy is optimistic; give copies one group": self.table["file"][copied]},
+                       self.table["file"])
 
     def add_notes(self, remarks: dict[str, list[str]], files) -> None:
         """Add remarks, each with the names of its recordings, to the notes, as far as these are among `files`."""

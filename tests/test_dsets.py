@@ -37,10 +37,12 @@ def test_clips_that_a_network_cannot_judge_are_named_and_trained_on(own_root):
 
 def test_copies_of_a_recording_in_several_folds_are_told(tmp_path):
     for name, hertz in (("a", 300), ("b", 300), ("c", 600), ("d", 600), ("e", 900)):
-        soundfile.write(tmp_path / f"{name}.wav", tone(5, 8000, hertz), 8000)
+        soundfile.write(tmp_path / f"{name}.wav", tone(5 if name > "b" else 10, 8000, hertz), 8000)
     (tmp_path / "metadata.csv").write_text("file_name,label,fold\na.wav,x,1\nb.wav,x,2\nc.wav,y,1\nd.wav,y,1\ne.wav,y,2\n")
-    (note,) = dsets.ESC50(tmp_path).notes
-    assert note.startswith("2 clips ") and note.endswith(": a.wav; b.wav")
+    for split_long in (False, True):
+        *others, note = dsets.ESC50(tmp_path, split_long=split_long).notes
+        assert note.startswith("2 recordings have copies") and note.endswith(": a.wav, b.wav")
+        assert len(others) == (not split_long), "that two are longer than 5 s"
 
 
 def test_split_long_names_what_is_cut_short_and_takes_the_rest(tmp_path):
