@@ -51,7 +51,7 @@ from util import checkpoint as checkpoints
 from util import device as machine
 from util import rundir
 from util.config import Config, recipe_flags
-from util.errors import write_atomically
+from util.errors import exit_on_error, write_atomically
 from util.tables import COLUMNS, ESC50_TABLE
 
 LIMITS_S = {"profile": 70, "bits": 130, "blog": 130, "loops": 80, "together": 100, "rest": 120}
@@ -422,15 +422,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all, in this order")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own: prints its JSON
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; --device cpu with few --steps shows that the script itself runs")
+    exit_on_error("cuda.py", machine.choose_device, args.device)
     args.out = args.out.resolve()
     args.noise = args.out / f"noise-{args.device}"
     args.data = args.data.resolve() if args.data else args.noise
     if args.part:
-        speed.as_training_py()
-        with machine.own_stream(torch.device(args.device)):
-            PARTS[args.part](args, Results(args.out / f"{args.part}.json"))
+        speed.start_process(torch.device(args.device))
+        PARTS[args.part](args, Results(args.out / f"{args.part}.json"))
         return
 
     args.out.mkdir(parents=True, exist_ok=True)
