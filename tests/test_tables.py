@@ -209,7 +209,7 @@ def test_a_class_in_two_spellings_is_one(tmp_path):
 
 def test_columns_that_mean_nothing_are_told(tmp_path):
     rows = [f"{number}.wav,{label},{number % 2 + 1},," for number, label in enumerate("xxyy")]
-    for columns, told in (("fold,groups,split", ["; ".join(["groups", "split"])]), ("fold,group,end", [])):
+    for columns, told in (("fold,groups,split", ["groups; split"]), ("fold,group,end", [])):
         _, _, notes = tables.read_table(write_table(tmp_path, f"file_name,label,{columns}", *rows))
         assert [note.rpartition(": ")[2] for note in notes] == told
 
